@@ -1,0 +1,20 @@
+// Errors that cross into Python. std::invalid_argument becomes ValueError, std::overflow_error
+// OverflowError, std::bad_alloc MemoryError; the two below become KeyError and RuntimeError-derived
+// pygpt.PygptError. bindings.cpp holds the translation.
+#pragma once
+
+#include <stdexcept>
+#include <string>
+
+namespace pygpt {
+
+struct KeyError : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+// A file, device or state that the user can put right; the message says how.
+struct UserError : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+}  // namespace pygpt
