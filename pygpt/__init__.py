@@ -7,7 +7,7 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-# Public name -> the room it lives in; imported when first asked for, so that `import pygpt` stays light.
+# Public name -> its room, imported when first asked for, so that `import pygpt` stays light.
 _PUBLIC = {
     "GPTConfig": "config",
     "PygptError": "errors",

@@ -1,4 +1,4 @@
-"""What csrc/bindings.cpp offers; tests/test_native_stub.py holds this file against the built module."""
+"""What csrc/bindings.cpp offers; tests/test_native_stub.py holds it against the built module."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Every configuration is a frozen dataclass whose invariants live beside its fields. Imports no torch."""
+"""Every configuration: frozen dataclasses, invariants beside the fields. Imports no torch."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class GPTConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """A configuration from plain values; an unknown key is an error that names the nearest one."""
+        """A configuration from plain values; an unknown key is an error naming the nearest one."""
         return _from_dict(cls, values)
 
     def to_dict(self) -> dict[str, Any]:

@@ -41,16 +41,18 @@ def backend(impl: Impl) -> Iterator[None]:
 
 def _share_torch_threads() -> None:
     """Hand torch's thread pool to the native code, which has none of its own."""
-    library = ctypes.CDLL(torch._C.__file__)  # type: ignore[attr-defined]
-    parallel_for = ctypes.cast(library.torch_parallel_for, ctypes.c_void_p).value
-    get_num_threads = ctypes.cast(library.torch_get_num_threads, ctypes.c_void_p).value
-    _native.set_torch_threads(parallel_for, get_num_threads)
+    library = ctypes.CDLL(torch._C.__file__)
+
+    def address(name: str) -> int:
+        return ctypes.cast(getattr(library, name), ctypes.c_void_p).value or 0
+
+    _native.set_torch_threads(address("torch_parallel_for"), address("torch_get_num_threads"))
 
 
 _share_torch_threads()
 
 
-# --- causal attention -------------------------------------------------------------------------------
+# --- causal attention ---------------------------------------------------------------
 
 
 def causal_attention(

@@ -11,7 +11,8 @@ namespace pygpt {
 // Names in order of preference, best first, of the sets that this build has and this CPU can run.
 std::vector<std::string> available_isas();
 
-// The one in use: PYGPT_ISA where set (std::invalid_argument if unknown or unavailable), else the best.
+// The one in use: PYGPT_ISA where set (std::invalid_argument if unknown or unavailable), else the
+// best.
 const std::string& current_isa();
 
 // Its kernels.

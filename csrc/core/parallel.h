@@ -23,7 +23,8 @@ int num_threads();
 // The first exception thrown by any body is rethrown here.
 void run_workers(int workers, void (*body)(int worker, void* context), void* context);
 
-// Runs body(task, worker) for every task in [0, tasks); tasks are handed out in order, one at a time.
+// Runs body(task, worker) for every task in [0, tasks); tasks are handed out in order, one at a
+// time.
 template <class Body>
 void parallel_tasks(int64_t tasks, const Body& body) {
   struct Context {
