@@ -9,6 +9,7 @@ __version__ = "0.1.0"
 
 # Public name -> its room, imported when first asked for, so that `import pygpt` stays light.
 _PUBLIC = {
+    "GPT": "model",
     "GPTConfig": "config",
     "PygptError": "errors",
 }

@@ -56,7 +56,15 @@ _share_torch_threads()
 
 
 def causal_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, impl: Impl = "auto"
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    document_ids: Tensor | None = None,
+    kv_lengths: Tensor | None = None,
+    dropout_p: float = 0.0,
+    impl: Impl = "auto",
 ) -> Tensor:
     """softmax(q k^T * scale) v where query i sees keys j <= i + (S - T).
 
@@ -65,14 +73,20 @@ def causal_attention(
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     t, s = q.shape[2], k.shape[2]
     mask = None
-    if s != t and t > 1:
+    if kv_lengths is not None:
+        last = kv_lengths[:, None] - t + torch.arange(t, device=q.device)
+        mask = (torch.arange(s, device=q.device) <= last[..., None])[:, None]
+    elif s != t or document_ids is not None:
         mask = torch.ones(t, s, dtype=torch.bool, device=q.device).tril(s - t)
+    if document_ids is not None and mask is not None:
+        mask = mask & (document_ids[:, None, :, None] == document_ids[:, None, None, :])
     out = F.scaled_dot_product_attention(
         q,
         k,
         v,
         attn_mask=mask,
-        is_causal=t == s and t > 1,
+        dropout_p=dropout_p,
+        is_causal=mask is None,
         scale=scale,
         enable_gqa=q.shape[1] != k.shape[1],
     )

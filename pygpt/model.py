@@ -1,0 +1,294 @@
+"""The GPT: embeddings, pre-norm blocks, a final norm and a head; ids in, logits or a loss out.
+
+Letters in comments: B sequences, T tokens, S keys, H heads, D channels per head, C = H D, V words.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pygpt import ops
+from pygpt.config import GPTConfig
+
+
+class KVCache:
+    """The keys and values of the tokens seen so far: per layer (B, capacity, H, D), allocated once.
+
+    Rows may differ in length. A right-padded batch is encoded as it stands and then cut back with
+    `trim`; what the padding left behind is overwritten by the tokens that follow.
+    """
+
+    def __init__(self, config: GPTConfig, batch_size: int, capacity: int | None = None) -> None:
+        self.capacity = config.context_length if capacity is None else capacity
+        self.lengths = [0] * batch_size
+        self.keys: list[Tensor | None] = [None] * config.n_layers
+        self.values: list[Tensor | None] = [None] * config.n_layers
+        self.kv_lengths: Tensor | None = None  # (B,) int32 while rows differ in length, else None
+        self._slots: Any = None  # where the tokens of the current call are written
+
+    def advance(self, n_tokens: int, device: torch.device) -> Tensor:
+        """Make room for `n_tokens` in every row; returns their positions, (1, T) or (B, T)."""
+        longest = max(self.lengths)
+        if longest + n_tokens > self.capacity:
+            raise ValueError(
+                f"the cache holds {longest} of at most {self.capacity} tokens; "
+                f"{n_tokens} more do not fit"
+            )
+        steps = torch.arange(n_tokens, device=device)
+        if min(self.lengths) == longest:
+            self.kv_lengths = None
+            positions = steps[None] + longest
+            self._slots = (slice(None), slice(longest, longest + n_tokens))
+        else:
+            if self.kv_lengths is None:
+                self.kv_lengths = torch.tensor(self.lengths, dtype=torch.int32, device=device)
+            positions = self.kv_lengths[:, None].long() + steps
+            self.kv_lengths = self.kv_lengths + n_tokens
+            self._slots = (torch.arange(len(self.lengths), device=device)[:, None], positions)
+        self.lengths = [length + n_tokens for length in self.lengths]
+        return positions
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write a layer's new keys and values, (B, T, H, D); returns all of them, (B, S, H, D)."""
+        keys, values = self.keys[layer], self.values[layer]
+        if keys is None or values is None:
+            # Zeros, because a backend that masks by adding would spread a NaN of fresh memory.
+            shape = (k.shape[0], self.capacity, *k.shape[2:])
+            keys = self.keys[layer] = k.new_zeros(shape)
+            values = self.values[layer] = v.new_zeros(shape)
+        keys[self._slots] = k
+        values[self._slots] = v
+        longest = max(self.lengths)
+        return keys[:, :longest], values[:, :longest]
+
+    def trim(self, lengths: Sequence[int]) -> None:
+        """Forget all but the first `lengths[b]` tokens of each row b."""
+        if len(lengths) != len(self.lengths) or any(
+            not 0 <= new <= old for new, old in zip(lengths, self.lengths, strict=True)
+        ):
+            raise ValueError(f"cannot trim rows of {self.lengths} tokens to {list(lengths)}")
+        self.lengths, self.kv_lengths = list(lengths), None
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Drop every row but `rows`."""
+        self.lengths, self.kv_lengths = [self.lengths[row] for row in rows], None
+        self.keys = [None if k is None else k[list(rows)] for k in self.keys]
+        self.values = [None if v is None else v[list(rows)] for v in self.values]
+
+    def replace(self, row: int, other: KVCache) -> None:
+        """Row `row` becomes the only row of `other`, which has the same capacity."""
+        self.lengths[row], self.kv_lengths = other.lengths[0], None
+        for ours, theirs in zip(self.keys + self.values, other.keys + other.values, strict=True):
+            if ours is not None and theirs is not None:
+                ours[row] = theirs[0]
+
+
+class MultiHeadAttention(nn.Module):
+    """Causal self-attention; one projection gives q, k and v, stored as rows q | k | v."""
+
+    def __init__(self, config: GPTConfig, layer: int) -> None:
+        super().__init__()
+        self.layer, self.n_heads, self.drop_rate = layer, config.n_heads, config.drop_rate
+        self.qkv = nn.Linear(config.emb_dim, 3 * config.emb_dim, bias=config.qkv_bias)
+        self.out = nn.Linear(config.emb_dim, config.emb_dim)
+
+    def forward(
+        self, x: Tensor, cache: KVCache | None = None, document_ids: Tensor | None = None
+    ) -> Tensor:  # (B, T, C) -> (B, T, C)
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.n_heads, -1)).unbind(2)  # (B, T, H, D) each
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)
+        out = ops.causal_attention(
+            q,
+            k,
+            v,
+            document_ids=document_ids,
+            kv_lengths=None if cache is None else cache.kv_lengths,
+            dropout_p=self.drop_rate if self.training else 0.0,
+        )
+        return self.out(out.flatten(2))  # type: ignore[no-any-return]
+
+
+class FeedForward(nn.Module):
+    """Two linear layers, four times as wide between, with GPT-2's (and the book's) tanh GELU."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.up = nn.Linear(config.emb_dim, 4 * config.emb_dim)
+        self.down = nn.Linear(4 * config.emb_dim, config.emb_dim)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, T, C) -> (B, T, C)
+        return self.down(F.gelu(self.up(x), approximate="tanh"))  # type: ignore[no-any-return]
+
+
+class Block(nn.Module):
+    """Attention, then feed-forward; each reads a normed copy of the stream and adds to it."""
+
+    def __init__(self, config: GPTConfig, layer: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.emb_dim)
+        self.att = MultiHeadAttention(config, layer)
+        self.norm2 = nn.LayerNorm(config.emb_dim)
+        self.ff = FeedForward(config)
+        self.drop = nn.Dropout(config.drop_rate)
+
+    def forward(
+        self, x: Tensor, cache: KVCache | None = None, document_ids: Tensor | None = None
+    ) -> Tensor:  # (B, T, C) -> (B, T, C)
+        x = x + self.drop(self.att(self.norm1(x), cache, document_ids))
+        return x + self.drop(self.ff(self.norm2(x)))  # type: ignore[no-any-return]
+
+
+class GPT(nn.Module):
+    """A decoder-only transformer as in GPT-2 and the book.
+
+    Source: Radford et al., "Language Models are Unsupervised Multitask Learners", section 2.3.
+
+    >>> model = GPT(GPTConfig(vocab_size=50, context_length=8, emb_dim=16, n_heads=2, n_layers=1))
+    >>> model(torch.tensor([[1, 2, 3]])).shape
+    torch.Size([1, 3, 50])
+    """
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.tok_emb = nn.Embedding(config.vocab_size, config.emb_dim)
+        self.pos_emb = nn.Embedding(config.context_length, config.emb_dim)
+        self.drop_emb = nn.Dropout(config.drop_rate)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
+        self.final_norm = nn.LayerNorm(config.emb_dim)
+        self.out_head: nn.Linear | None = None
+        if not config.tie_weights:
+            self.out_head = nn.Linear(config.emb_dim, config.vocab_size, bias=False)
+        self._initialise()
+
+    @torch.no_grad()
+    def _initialise(self) -> None:
+        """GPT-2's: N(0, 0.02), smaller where 2 n_layers branches add up in the residual stream."""
+        residual_std = 0.02 / math.sqrt(2 * self.config.n_layers)
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                residual = name.endswith(("att.out", "ff.down"))
+                module.weight.normal_(std=residual_std if residual else 0.02)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                module.bias.zero_()
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The output matrix, (V, C): the token embedding's where the weights are tied."""
+        return self.tok_emb.weight if self.out_head is None else self.out_head.weight
+
+    def hidden(
+        self, ids: Tensor, cache: KVCache | None = None, document_ids: Tensor | None = None
+    ) -> Tensor:
+        """The final-normed hidden states of `ids`: (B, T) int32 or int64 -> (B, T, C).
+
+        With a `cache` the ids continue what it holds, and it is extended in place. With
+        `document_ids`, (B, T) int32 and non-decreasing along T, tokens see their own document only
+        and positions restart with each, so that packed documents give what each gives alone.
+        Raises ValueError on an id outside the vocabulary (on a CUDA device the embedding's own
+        assertion fires instead, since looking would wait for the device), or more than
+        `context_length` tokens.
+        """
+        self._check(ids, cache, document_ids)
+        if cache is not None:
+            positions = cache.advance(ids.shape[1], ids.device)
+        else:
+            positions = torch.arange(ids.shape[1], device=ids.device)[None]
+            if document_ids is not None:
+                positions = positions - _document_starts(document_ids)
+        x = self.drop_emb(self.tok_emb(ids) + self.pos_emb(positions))
+        for block in self.blocks:
+            x = block(x, cache, document_ids)
+        return self.final_norm(x)  # type: ignore[no-any-return]
+
+    def forward(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Next-token logits of every position: (B, T) -> (B, T, V). Arguments as in `hidden`."""
+        return F.linear(self.hidden(ids, cache), self.head_weight)
+
+    def loss(
+        self,
+        ids: Tensor,
+        targets: Tensor,
+        *,
+        reduction: Literal["mean", "sum", "none"] = "mean",
+        document_ids: Tensor | None = None,
+    ) -> Tensor:
+        """Cross-entropy in nats of `targets`, (B, T), where -100 is left out."""
+        if targets.shape != ids.shape:
+            raise ValueError(
+                f"ids and targets must have equal shapes, "
+                f"got {tuple(ids.shape)} and {tuple(targets.shape)}"
+            )
+        x = self.hidden(ids, document_ids=document_ids)
+        logits = F.linear(x.flatten(0, 1), self.head_weight)
+        loss = F.cross_entropy(logits, targets.flatten(), reduction=reduction)
+        return loss.view_as(targets) if reduction == "none" else loss
+
+    def _check(self, ids: Tensor, cache: KVCache | None, document_ids: Tensor | None) -> None:
+        if ids.dim() != 2 or ids.shape[1] == 0:
+            raise ValueError(f"ids must be (B, T) with at least one token, got {tuple(ids.shape)}")
+        if ids.dtype not in (torch.int32, torch.int64):
+            raise ValueError(f"ids must be int32 or int64, got {ids.dtype}")
+        seen = 0 if cache is None else max(cache.lengths)
+        if seen + ids.shape[1] > self.config.context_length:
+            raise ValueError(
+                f"{seen + ids.shape[1]} tokens exceed the context_length "
+                f"{self.config.context_length}; give fewer tokens"
+            )
+        if cache is not None and len(cache.lengths) != ids.shape[0]:
+            raise ValueError(f"ids have {ids.shape[0]} rows, the cache {len(cache.lengths)}")
+        if document_ids is not None:
+            if cache is not None:
+                raise ValueError("document_ids and a cache cannot be used together")
+            if document_ids.shape != ids.shape or document_ids.dtype != torch.int32:
+                raise ValueError(
+                    f"document_ids must be int32 of shape {tuple(ids.shape)}, "
+                    f"got {document_ids.dtype} {tuple(document_ids.shape)}"
+                )
+        if ids.device.type == "cpu" and not torch.compiler.is_compiling():
+            low, high = (int(x) for x in ids.aminmax())
+            if low < 0 or high >= self.config.vocab_size:
+                raise ValueError(
+                    f"id {low if low < 0 else high} is outside the vocabulary of "
+                    f"{self.config.vocab_size}; was the text encoded with this model's tokenizer?"
+                )
+
+    @property
+    def num_params(self) -> int:
+        """Number of parameters; a tied head counts once."""
+        return sum(p.numel() for p in self.parameters())
+
+    def flops_per_token(self, context: int | None = None) -> int:
+        """Forward FLOPs of one token, averaged over `context` positions (by default the longest).
+
+        Two for each weight of a matrix, and causal attention's own; a training step costs three
+        times as much.
+        """
+        context = self.config.context_length if context is None else context
+        c, layers = self.config.emb_dim, self.config.n_layers
+        matrices = layers * 12 * c * c + self.config.vocab_size * c
+        attention = 2 * layers * c * (context + 1)  # q k^T and p v, over (context + 1) / 2 keys
+        return 2 * matrices + attention
+
+    def __repr__(self) -> str:
+        c, weight = self.config, self.tok_emb.weight
+        size = sum(p.numel() * p.element_size() for p in self.parameters())
+        return (
+            f"GPT({self.num_params:,} parameters: {c.n_layers} layers, {c.n_heads} heads, "
+            f"width {c.emb_dim}, vocabulary {c.vocab_size:,}, context {c.context_length:,}; "
+            f"{size / 1e6:,.1f} MB of {str(weight.dtype).removeprefix('torch.')} "
+            f"on {weight.device}; {self.flops_per_token() / 1e6:,.1f} MFLOPs a token)"
+        )
+
+
+def _document_starts(document_ids: Tensor) -> Tensor:
+    """Where the document of each token begins: (B, T) -> (B, T)."""
+    begins = document_ids.diff(prepend=document_ids[:, :1]) != 0
+    return (begins * torch.arange(document_ids.shape[1], device=begins.device)).cummax(1).values
