@@ -6,14 +6,15 @@ Letters in comments: B sequences, T tokens, S keys, H heads, D channels per head
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pygpt import ops
+from pygpt import ops, weights
 from pygpt.config import GPTConfig
 
 
@@ -259,6 +260,33 @@ class GPT(nn.Module):
                     f"id {low if low < 0 else high} is outside the vocabulary of "
                     f"{self.config.vocab_size}; was the text encoded with this model's tokenizer?"
                 )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | os.PathLike[str],
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        revision: str | None = None,
+    ) -> Self:
+        """The model in a folder or safetensors file, or of a name on the Hugging Face hub.
+
+        It comes in eval mode; `dtype` None keeps what the file holds. Raises FileNotFoundError,
+        or DataError that names the file and each tensor that is missing, left over or misshaped.
+        """
+        checkpoint = weights.load(source, revision=revision)
+        with torch.device("meta"):
+            model = cls(checkpoint.config)
+        model.load_state_dict(dict(checkpoint.load(dtype, device)), assign=True)
+        return model.eval()
+
+    def save_pretrained(self, folder: str | os.PathLike[str], tokenizer: Any = None) -> None:
+        """Write a folder that `from_pretrained` and transformers' AutoModelForCausalLM open.
+
+        With a tokenizer the folder holds tokenizer.json too, for AutoTokenizer.
+        """
+        weights.save(folder, self.config, self.state_dict(), tokenizer)
 
     @property
     def num_params(self) -> int:

@@ -1,0 +1,180 @@
+"""Hugging Face's GPT-2: config.json beside model.safetensors, or beside shards with an index."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pygpt.config import GPTConfig
+from pygpt.errors import DataError
+from pygpt.weights.files import read_json, read_safetensors, write_safetensors, write_whole
+from pygpt.weights.layout import Checkpoint, LazyTensor, Rule, adopt, export
+
+WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
+
+# Conv1D keeps its weight (in, out), the transpose of nn.Linear's.
+RULES = (
+    Rule("tok_emb.weight", "wte.weight"),
+    Rule("pos_emb.weight", "wpe.weight"),
+    Rule("blocks.*.norm1.weight", "h.*.ln_1.weight"),
+    Rule("blocks.*.norm1.bias", "h.*.ln_1.bias"),
+    Rule("blocks.*.att.qkv.weight", "h.*.attn.c_attn.weight", transposed=True),
+    Rule("blocks.*.att.qkv.bias", "h.*.attn.c_attn.bias"),
+    Rule("blocks.*.att.out.weight", "h.*.attn.c_proj.weight", transposed=True),
+    Rule("blocks.*.att.out.bias", "h.*.attn.c_proj.bias"),
+    Rule("blocks.*.norm2.weight", "h.*.ln_2.weight"),
+    Rule("blocks.*.norm2.bias", "h.*.ln_2.bias"),
+    Rule("blocks.*.ff.up.weight", "h.*.mlp.c_fc.weight", transposed=True),
+    Rule("blocks.*.ff.up.bias", "h.*.mlp.c_fc.bias"),
+    Rule("blocks.*.ff.down.weight", "h.*.mlp.c_proj.weight", transposed=True),
+    Rule("blocks.*.ff.down.bias", "h.*.mlp.c_proj.bias"),
+    Rule("final_norm.weight", "ln_f.weight"),
+    Rule("final_norm.bias", "ln_f.bias"),
+    Rule("out_head.weight", "lm_head.weight"),
+)
+_MASKS = r"h\.\d+\.attn\.(bias|masked_bias)"  # buffers that old versions of transformers saved
+
+
+def read(folder: Path, weights: Path | None = None) -> Checkpoint:
+    """The model in `folder`, or in the safetensors file `weights` beside its config.json."""
+    raw = read_json(folder / CONFIG)
+    config = config_from_json(raw, folder / CONFIG)
+    source = {
+        name.removeprefix("transformer."): tensor
+        for name, tensor in read_tensors(folder, weights).items()
+    }
+    return adopt_tensors(source, config, weights or folder, "Hugging Face")
+
+
+def adopt_tensors(
+    source: Mapping[str, LazyTensor], config: GPTConfig, path: Path, format: str
+) -> Checkpoint:
+    """Settle from the tensors what the configuration leaves open, then rename them."""
+    head, embedding = source.get("lm_head.weight"), source.get("wte.weight")
+    changes: dict[str, Any] = {}
+    if config.tie_weights and head is not None and embedding is not None:
+        changes["tie_weights"] = torch.equal(head.read(), embedding.read())
+    biases = [tensor for name, tensor in source.items() if name.endswith("attn.c_attn.bias")]
+    if not config.qkv_bias:  # saved as zeros, and trained elsewhere since when they are not
+        changes["qkv_bias"] = any(bool(bias.read().any()) for bias in biases)
+    config = GPTConfig.from_dict({**config.to_dict(), **changes})
+    return Checkpoint(path, format, config, adopt(RULES, source, config, path, ignore=_MASKS))
+
+
+def config_from_json(raw: Mapping[str, Any], path: Path) -> GPTConfig:
+    """The shape that a config.json of transformers describes; refuses what is not GPT-2."""
+    if raw.get("model_type", "gpt2") != "gpt2":
+        raise DataError(f"{path}: model_type is {raw['model_type']!r}, pygpt reads 'gpt2'")
+    try:
+        config = GPTConfig(
+            vocab_size=raw["vocab_size"],
+            context_length=raw.get("n_positions") or raw["n_ctx"],
+            emb_dim=raw["n_embd"],
+            n_heads=raw["n_head"],
+            n_layers=raw["n_layer"],
+            drop_rate=raw.get("resid_pdrop", 0.1),
+            qkv_bias=raw.get("pygpt", {}).get("qkv_bias", True),
+            tie_weights=raw.get("tie_word_embeddings", True),
+        )
+    except KeyError as missing:
+        raise DataError(f"{path}: the key {missing} is missing") from None
+    except (TypeError, ValueError, AttributeError) as error:
+        raise DataError(f"{path}: {error}") from None
+    demands = {
+        "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+        "layer_norm_epsilon": (1e-5,),
+        "n_inner": (None, 4 * config.emb_dim),
+        "scale_attn_weights": (True,),
+        "scale_attn_by_inverse_layer_idx": (False,),
+        "add_cross_attention": (False,),
+    }
+    for key, allowed in demands.items():
+        if raw.get(key, allowed[0]) not in allowed:
+            raise DataError(f"{path}: {key} is {raw[key]!r}, pygpt's GPT has {allowed[-1]!r}")
+    return config
+
+
+def config_to_json(config: GPTConfig, dtype: torch.dtype, eos_id: int | None) -> dict[str, Any]:
+    """What transformers needs to open the folder, and under "pygpt" what it has no key for."""
+    return {
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        "vocab_size": config.vocab_size,
+        "n_positions": config.context_length,
+        "n_embd": config.emb_dim,
+        "n_head": config.n_heads,
+        "n_layer": config.n_layers,
+        "activation_function": "gelu_new",
+        "layer_norm_epsilon": 1e-5,
+        "resid_pdrop": config.drop_rate,
+        "embd_pdrop": config.drop_rate,
+        "attn_pdrop": config.drop_rate,
+        "tie_word_embeddings": config.tie_weights,
+        "bos_token_id": eos_id,
+        "eos_token_id": eos_id,
+        "torch_dtype": str(dtype).removeprefix("torch."),
+        "pygpt": {"qkv_bias": config.qkv_bias},
+    }
+
+
+def write(
+    folder: Path,
+    config: GPTConfig,
+    tensors: Mapping[str, LazyTensor],
+    *,
+    eos_id: int | None = None,
+) -> None:
+    """Write config.json and model.safetensors; each appears whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    theirs = export(RULES, tensors, config)
+    if not config.qkv_bias:  # transformers' GPT-2 always has them
+        zeros = torch.zeros(3 * config.emb_dim, dtype=tensors["tok_emb.weight"].dtype)
+        for n in range(config.n_layers):
+            theirs[f"h.{n}.attn.c_attn.bias"] = LazyTensor.of(zeros)
+    named = {n if n == "lm_head.weight" else f"transformer.{n}": t for n, t in theirs.items()}
+    write_safetensors(folder / WEIGHTS, named)
+    raw = config_to_json(config, tensors["tok_emb.weight"].dtype, eos_id)
+    write_whole(folder / CONFIG, [json.dumps(raw, indent=2).encode() + b"\n"])
+    (folder / INDEX).unlink(missing_ok=True)  # of sharded weights that were here before
+
+
+def read_tensors(folder: Path, weights: Path | None = None) -> dict[str, LazyTensor]:
+    """Every tensor of a safetensors file or of the shards that an index lists."""
+    if weights is None and not (folder / WEIGHTS).is_file() and (folder / INDEX).is_file():
+        return _read_shards(folder)
+    return read_safetensors(weights or folder / WEIGHTS)
+
+
+def _read_shards(folder: Path) -> dict[str, LazyTensor]:
+    index = folder / INDEX
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise DataError(f"{index}: weight_map is missing or empty")
+    shards: dict[str, dict[str, LazyTensor]] = {}
+    result = {}
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str) or not re.fullmatch(r"[\w-][\w.-]*", shard):
+            raise DataError(f"{index}: {shard!r} is not the name of a file beside it")
+        if shard not in shards:
+            shards[shard] = read_safetensors(folder / shard)
+        if name not in shards[shard]:
+            raise DataError(f"{folder / shard}: {name} is missing, which {INDEX} says is there")
+        result[name] = shards[shard][name]
+    return result
+
+
+def write_tokenizer_config(folder: Path, eos: str | None, context_length: int) -> None:
+    """What AutoTokenizer needs beside tokenizer.json."""
+    raw = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": eos,
+        "eos_token": eos,
+        "model_max_length": context_length,
+        "clean_up_tokenization_spaces": False,
+    }
+    write_whole(folder / "tokenizer_config.json", [json.dumps(raw, indent=2).encode() + b"\n"])

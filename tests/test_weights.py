@@ -1,0 +1,277 @@
+"""Weights in and out, against their makers' own packages where these are installed."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from pygpt import GPT, GPTConfig, PygptError
+from pygpt.weights.layout import shapes
+
+VARIANTS = [(tie, bias) for tie in (False, True) for bias in (False, True)]
+
+
+def random_model(seed: int = 0, **changes: object) -> GPT:
+    torch.manual_seed(seed)
+    values = {"vocab_size": 61, "context_length": 24, "emb_dim": 32, "n_heads": 4, "n_layers": 2}
+    model = GPT(GPTConfig.from_dict({**values, **changes})).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.1)
+    return model
+
+
+def assert_same(ours: GPT, theirs: GPT) -> None:
+    assert ours.config == theirs.config
+    for name, tensor in theirs.state_dict().items():
+        assert torch.equal(ours.state_dict()[name], tensor), name
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A saved random model."""
+    random_model().save_pretrained(tmp_path / "saved")
+    return tmp_path / "saved"
+
+
+@pytest.mark.parametrize(("tie_weights", "qkv_bias"), VARIANTS)
+def test_expected_shapes_are_the_models(tie_weights: bool, qkv_bias: bool) -> None:
+    model = random_model(tie_weights=tie_weights, qkv_bias=qkv_bias)
+    expected = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+    assert list(shapes(model.config).items()) == list(expected.items())
+
+
+@pytest.mark.parametrize(("tie_weights", "qkv_bias"), VARIANTS)
+def test_what_is_saved_is_loaded(tmp_path: Path, tie_weights: bool, qkv_bias: bool) -> None:
+    model = random_model(tie_weights=tie_weights, qkv_bias=qkv_bias, drop_rate=0.25)
+    model.save_pretrained(tmp_path)
+    loaded = GPT.from_pretrained(tmp_path)
+    assert_same(loaded, model)
+    assert not loaded.training and all(p.requires_grad for p in loaded.parameters())
+    assert_same(GPT.from_pretrained(tmp_path / "model.safetensors"), model)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_dtype_is_kept_or_chosen(tmp_path: Path) -> None:
+    model = random_model().bfloat16()
+    model.save_pretrained(tmp_path)
+    assert_same(GPT.from_pretrained(tmp_path), model)
+    assert_same(GPT.from_pretrained(tmp_path, dtype=torch.float32), model.float())
+
+
+def test_a_run_folder_gives_its_model(tmp_path: Path) -> None:
+    model = random_model()
+    model.save_pretrained(tmp_path / "model")
+    assert_same(GPT.from_pretrained(tmp_path), model)
+
+
+def test_saving_over_the_folder_that_was_loaded_is_safe(folder: Path) -> None:
+    model = GPT.from_pretrained(folder)
+    model.save_pretrained(folder)
+    assert_same(GPT.from_pretrained(folder), model)
+
+
+def test_loaded_weights_do_not_depend_on_the_file(folder: Path) -> None:
+    model, before = GPT.from_pretrained(folder), random_model()
+    with (folder / "model.safetensors").open("r+b") as file:
+        file.truncate(100)
+    assert_same(model, before)
+
+
+def shard(folder: Path) -> None:
+    """Split model.safetensors in two, as transformers does with large models."""
+    tensors = load_file(folder / "model.safetensors")
+    names = sorted(tensors)
+    weight_map = {}
+    for number, part in enumerate((names[: len(names) // 2], names[len(names) // 2 :]), 1):
+        file = f"model-{number:05}-of-00002.safetensors"
+        save_file({name: tensors[name] for name in part}, folder / file, {"format": "pt"})
+        weight_map |= dict.fromkeys(part, file)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "model.safetensors").unlink()
+
+
+def test_shards_and_names_without_prefix_are_read(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    tensors = {name.removeprefix("transformer."): t for name, t in load_file(path).items()}
+    tensors["h.0.attn.bias"] = torch.ones(1, 1, 24, 24, dtype=torch.bool)  # as the hub's gpt2 has
+    save_file(tensors, path)
+    assert_same(GPT.from_pretrained(folder), random_model())
+    shard(folder)
+    assert_same(GPT.from_pretrained(folder), random_model())
+    GPT.from_pretrained(folder).save_pretrained(folder)
+    assert not (folder / "model.safetensors.index.json").exists()
+
+
+def test_a_head_stored_beside_a_tied_configuration_decides(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    assert not GPT.from_pretrained(folder).config.tie_weights
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["transformer.wte.weight"].clone()
+    save_file(tensors, folder / "model.safetensors")
+    assert GPT.from_pretrained(folder).config.tie_weights
+
+
+def test_biases_trained_elsewhere_since_are_not_dropped(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors["transformer.h.1.attn.c_attn.bias"][5] = 0.5
+    save_file(tensors, folder / "model.safetensors")
+    model = GPT.from_pretrained(folder)
+    assert model.config.qkv_bias and model.blocks[1].att.qkv.bias[5] == 0.5
+
+
+@pytest.mark.parametrize(("tie_weights", "qkv_bias"), VARIANTS)
+def test_transformers_opens_it_with_equal_logits_and_gradients(
+    tmp_path: Path, tie_weights: bool, qkv_bias: bool
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    model = random_model(tie_weights=tie_weights, qkv_bias=qkv_bias, drop_rate=0.0)
+    model.save_pretrained(tmp_path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    ids = torch.randint(61, (2, 24))
+    a, b = model(ids), theirs(ids).logits
+    assert (a - b).abs().max() <= 2e-5 * b.abs().max()
+    a.square().mean().backward()
+    b.square().mean().backward()
+    ours = model.blocks[0].att.qkv.weight.grad
+    other = theirs.transformer.h[0].attn.c_attn.weight.grad.T
+    assert (ours - other).abs().max() <= 1e-4 * other.abs().max()
+
+
+def test_transformers_own_folder_is_read(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(8)
+    config = transformers.GPT2Config(
+        vocab_size=61,
+        n_positions=24,
+        n_embd=32,
+        n_head=4,
+        n_layer=3,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    theirs = transformers.GPT2LMHeadModel(config).eval()
+    theirs.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert (tmp_path / "model.safetensors.index.json").exists()
+    ours = GPT.from_pretrained(tmp_path)
+    assert ours.config.tie_weights and ours.config.qkv_bias and ours.config.n_layers == 3
+    ids = torch.randint(61, (2, 24))
+    with torch.no_grad():
+        assert (ours(ids) - theirs(ids).logits).abs().max() < 1e-5
+
+
+# --- damaged files ----------------------------------------------------------------------------
+
+
+def refused(path: Path, message: str, error: type[Exception] = PygptError) -> None:
+    with pytest.raises(error, match=re.escape(message)):
+        GPT.from_pretrained(path)
+
+
+def test_missing_extra_and_misshaped_tensors_are_all_named(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["transformer.h.1.ln_1.weight"]
+    tensors["transformer.h.9.ln_1.weight"] = torch.ones(32)
+    tensors["transformer.ln_f.bias"] = torch.ones(31)
+    transposed = tensors["transformer.h.0.mlp.c_fc.weight"].T.contiguous()
+    tensors["transformer.h.0.mlp.c_fc.weight"] = transposed
+    save_file(tensors, folder / "model.safetensors")
+    for message in (
+        f"{folder}: the tensors do not fit",
+        "missing: h.1.ln_1.weight",
+        "unexpected: h.9.ln_1.weight",
+        "ln_f.bias is (31,), expected (32,)",
+        "h.0.mlp.c_fc.weight is (128, 32), expected (32, 128) (transposed)",
+    ):
+        refused(folder, message)
+
+
+def test_things_that_are_not_weights_are_named(folder: Path, tmp_path: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    refused(folder, f"{path} is a git-lfs pointer")
+    path.write_text("<!DOCTYPE html><title>404</title>")
+    refused(folder, f"{path} is a web page")
+    path.write_bytes(b"")
+    refused(folder, f"{path} is not a whole safetensors file")
+    path.unlink()
+    refused(folder, f"{path} does not exist", FileNotFoundError)
+    refused(tmp_path / "no where", "no where does not exist", FileNotFoundError)
+    (tmp_path / "weights.pt").write_bytes(b"PK")
+    refused(tmp_path / "weights.pt", "not a model folder or a safetensors file")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "llama"}, "model_type is 'llama'"),
+        ({"activation_function": "relu"}, "activation_function is 'relu'"),
+        ({"n_inner": 100}, "n_inner is 100"),
+        ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is True"),
+        ({"n_embd": None}, "config.json"),
+        ({"n_head": 5}, "emb_dim 32 is not divisible by n_heads 5"),
+        ({"vocab_size": "many"}, "vocab_size must be a positive integer"),
+        ({"n_layer": 3}, "missing: h.2.ln_1.weight"),
+    ],
+)
+def test_configurations_that_do_not_fit_are_refused(
+    folder: Path, change: dict[str, object], message: str
+) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    refused(folder, message)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"model_type": "gpt2"}', "\x00\xff"])
+def test_broken_json_is_refused(folder: Path, text: str) -> None:
+    (folder / "config.json").write_text(text)
+    refused(folder, "config.json")
+
+
+def test_an_index_cannot_lead_out_of_its_folder(folder: Path) -> None:
+    shard(folder)
+    index = folder / "model.safetensors.index.json"
+    raw = json.loads(index.read_text())
+    for name in ("../saved/model-00001-of-00002.safetensors", "/etc/passwd", "", 3, ".."):
+        raw["weight_map"]["transformer.ln_f.bias"] = name
+        index.write_text(json.dumps(raw))
+        refused(folder, "is not the name of a file beside it")
+    raw["weight_map"]["transformer.ln_f.bias"] = "model-00003-of-00002.safetensors"
+    index.write_text(json.dumps(raw))
+    refused(folder, "model-00003-of-00002.safetensors does not exist", FileNotFoundError)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_a_cut_file_or_a_changed_header_never_loads_silently(folder: Path, seed: int) -> None:
+    path = folder / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    header = 8 + int.from_bytes(data[:8], "little")
+    at = int(torch.randint(header, (), generator=torch.Generator().manual_seed(seed)))
+    if seed % 2:
+        path.write_bytes(data[: at * len(data) // header])
+    else:
+        data[at] ^= 0x15
+        path.write_bytes(data)
+    try:
+        loaded = GPT.from_pretrained(folder)
+    except PygptError:
+        return
+    assert_same(loaded, random_model())  # the flip fell on metadata or padding
+
+
+def test_a_failed_save_leaves_the_old_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(fd: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(PygptError, match=r"model\.safetensors could not be written: No space left"):
+        random_model(seed=1).save_pretrained(folder)
+    assert_same(GPT.from_pretrained(folder), random_model())
+    assert sorted(p.name for p in folder.iterdir()) == ["config.json", "model.safetensors"]
