@@ -1,0 +1,70 @@
+# Every target sets up what it needs: a virtual environment in .venv, torch, the native build.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+SOURCES := $(shell find csrc -type f) CMakeLists.txt pyproject.toml
+
+.PHONY: help demo test lint bench lines sanitize soak cuda-check gpu-check clean
+
+help:
+	@echo "make demo        the main job: a GPT trained, fine-tuned and talking, in about 3 minutes"
+	@echo "make test        linters, type checker and tests"
+	@echo "make bench       speed against torch, tiktoken and plain PyTorch, in one run"
+	@echo "make sanitize    the native code's tests under address and undefined-behaviour sanitizers"
+	@echo "make soak        the long randomised hunts"
+	@echo "make cuda-check  compile the CUDA sources for all architectures (needs nvcc, no GPU)"
+	@echo "make gpu-check   build, test and measure on this machine's GPU with the python3 it has"
+	@echo "make lines       lines of code per room"
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "pygpt needs Python 3.11 or later; set PYTHON=python3.12, say"; exit 2; }
+	@$(PYTHON) -m venv $(VENV) || { echo "no venv: on Debian, apt install python3-venv"; exit 2; }
+
+$(VENV)/.torch: constraints.txt tools/install_torch.py | $(BIN)/python
+	@$(BIN)/python tools/install_torch.py
+	@touch $@
+
+$(VENV)/.build-tools: | $(BIN)/python
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	  "scikit-build-core>=0.10" "pybind11>=2.13" "cmake>=3.20" ninja
+	@touch $@
+
+# constraints.txt names the tested torch; an own choice (TORCH=...) must not be replaced.
+$(VENV)/.constraints: constraints.txt $(VENV)/.torch
+	@{ grep -v '^torch==' constraints.txt; \
+	  $(BIN)/python -c 'from importlib.metadata import version; print("torch==" + version("torch"))'; } > $@
+
+$(VENV)/.installed: $(SOURCES) $(VENV)/.build-tools $(VENV)/.constraints
+	@echo "building pygpt"
+	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip install --quiet \
+	  --disable-pip-version-check --no-build-isolation -c $(VENV)/.constraints -e '.[demo,test]'
+	@touch $@
+
+demo: $(VENV)/.installed
+	@$(BIN)/pygpt demo $(DEMO)
+
+lint: $(VENV)/.installed
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check --quiet .
+	@$(BIN)/clang-format --dry-run --Werror $$(find csrc fuzz -name '*.cpp' -o -name '*.h' -o -name '*.inl' \
+	  -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
+	@$(BIN)/mypy
+
+test: lint
+	@$(BIN)/python -m pytest $(TESTS)
+
+bench: $(VENV)/.installed
+	@set -e; for bench in benchmarks/bench_*.py; do echo "== $$bench"; $(BIN)/python $$bench; done
+
+cuda-check:
+	@tools/cuda_check.sh
+
+gpu-check:
+	@$(PYTHON) tools/gpu_check.py
+
+lines:
+	@$(PYTHON) tools/lines.py
+
+clean:
+	rm -rf build .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis
