@@ -49,7 +49,15 @@ def megabytes(requirement: str, index: list[str]) -> int | None:
     """Size of all that pip would fetch, or None where it cannot be told beforehand."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
-        arguments = ["install", "--quiet", "--dry-run", "--report", str(report), requirement, *index]
+        arguments = [
+            "install",
+            "--quiet",
+            "--dry-run",
+            "--report",
+            str(report),
+            requirement,
+            *index,
+        ]
         done = subprocess.run(pip(*arguments), capture_output=True, check=False)
         if done.returncode or not report.exists():
             return None

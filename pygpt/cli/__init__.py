@@ -75,7 +75,9 @@ def _call(verb: str, args: list[str]) -> int:
     import tyro
 
     room, _, name = VERBS[verb][0].partition(":")
-    function: Callable[..., int | None] = getattr(importlib.import_module(f"pygpt.cli.{room}"), name)
+    function: Callable[..., int | None] = getattr(
+        importlib.import_module(f"pygpt.cli.{room}"), name
+    )
     try:
         return tyro.cli(function, args=args, prog=f"pygpt {verb}") or 0
     except SystemExit as stop:  # tyro's: 0 after --help, 2 after a usage error
