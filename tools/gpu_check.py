@@ -2,7 +2,7 @@
 
 `make gpu-check` needs no network and no virtual environment: the package goes into build/gpu-check,
 missing Python packages and data are named instead of failing, every step runs even when one before
-it failed, and a table comes last. `python3 tools/gpu_check.py --device cpu` rehearses the same steps
+it failed, and a table comes last. `python3 tools/gpu_check.py --device cpu` rehearses the steps
 without a GPU.
 """
 

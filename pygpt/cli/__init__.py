@@ -25,7 +25,7 @@ BAD_USAGE, BAD_FILE, NO_RESOURCE, INTERRUPTED = 2, 3, 5, 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command line and return its exit code (0 fine, 2 usage, 3 file, 4 numeric, 5 resource)."""
+    """Run one command line; returns 0, or 2 for usage, 3 a bad file, 4 numeric, 5 a resource."""
     args = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in args
     if debug:
