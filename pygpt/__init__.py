@@ -12,8 +12,11 @@ _PUBLIC = {
     "GPT": "model",
     "GPTConfig": "config",
     "PygptError": "errors",
+    "Run": "training",
+    "TrainConfig": "config",
+    "pretrain": "training",
 }
-_ROOMS = ("ops", "reference")
+_ROOMS = ("data", "ops", "reference")
 
 __all__ = ["__version__", *_PUBLIC, *_ROOMS]
 

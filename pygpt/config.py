@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar, get_args
 
 T = TypeVar("T")
+Precision = Literal["auto", "float32", "bfloat16"]
 
 # The four GPT-2 sizes, by their published names.
 GPT2_SIZES: dict[str, dict[str, int]] = {
@@ -71,6 +73,80 @@ class GPTConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """A configuration from plain values; an unknown key is an error naming the nearest one."""
+        return _from_dict(cls, values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How a network is trained; the same for pretraining and every kind of fine-tuning.
+
+    One step updates the weights once, from `batch_size` samples, which are taken `micro_batch_size`
+    at a time (None: all at once). The learning rate rises linearly over `warmup_steps` (None: a
+    twentieth of the steps) to `lr` and falls along a cosine to `min_lr` at the last step. AdamW
+    decays matrices only. `eval_every` and `checkpoint_every` count steps; 0 means only at the end
+    (`sample_every` 0: never). `eval_batches` limits an evaluation; 0 means all of the validation
+    data. `dtype` "auto" computes in bfloat16 where the device has it and it is not slower; weights
+    and optimiser stay float32.
+
+    >>> TrainConfig(steps=200, lr=1e-3).learning_rate(200)
+    0.0
+    """
+
+    steps: int = 1000
+    batch_size: int = 32
+    micro_batch_size: int | None = None
+    lr: float = 1e-3
+    min_lr: float = 0.0
+    warmup_steps: int | None = None
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.99
+    grad_clip: float = 1.0
+    eval_every: int = 250
+    eval_batches: int = 0
+    sample_every: int = 0
+    checkpoint_every: int = 500
+    keep_checkpoints: int = 2
+    dtype: Precision = "auto"
+    device: str = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        positive = ("steps", "batch_size", "micro_batch_size", "keep_checkpoints")
+        counts = ("warmup_steps", "eval_every", "eval_batches", "sample_every", "checkpoint_every")
+        for name in (*positive, *counts, "seed"):
+            value, least = getattr(self, name), int(name in positive)
+            if value is None and name in ("micro_batch_size", "warmup_steps"):
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+        for name in ("lr", "min_lr", "weight_decay", "grad_clip"):
+            value = getattr(self, name)
+            if not 0.0 <= value < float("inf"):
+                raise ValueError(f"{name} must be a finite number of at least 0, got {value!r}")
+        for name in ("beta1", "beta2"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)!r}")
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr {self.min_lr} is above lr {self.lr}")
+        if self.dtype not in get_args(Precision):
+            raise ValueError(f"dtype must be one of {get_args(Precision)}, got {self.dtype!r}")
+
+    def learning_rate(self, step: int) -> float:
+        """The learning rate of update number `step`, counted from 1."""
+        warmup = self.steps // 20 if self.warmup_steps is None else self.warmup_steps
+        if step <= warmup:
+            return self.lr * step / warmup
+        progress = min(1.0, (step - warmup) / max(1, self.steps - warmup))
+        return self.min_lr + (self.lr - self.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """A configuration from plain values; an unknown key is an error that names the nearest one."""
         return _from_dict(cls, values)
 
     def to_dict(self) -> dict[str, Any]:

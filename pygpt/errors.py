@@ -29,3 +29,11 @@ class ResourceError(PygptError):
     """Not enough memory, disk or device, or a folder in use by another run."""
 
     exit_code = 5
+
+
+class Stopped(PygptError):
+    """SIGINT or SIGTERM ended the work in order; nothing is lost."""
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signal_number
