@@ -96,8 +96,9 @@ def verify_checkpoint(folder: Path) -> None:
         for file, now in json.loads(actual).items():
             if was[file] != now:
                 raise DataError(
-                    f"checkpoint {folder} is damaged: {file} has {now['bytes']} bytes and sha256 "
-                    f"{now['sha256'][:16]}, recorded {was[file]['bytes']} and {was[file]['sha256'][:16]}"
+                    f"checkpoint {folder} is damaged: {file} has {now['bytes']} bytes and "
+                    f"sha256 {now['sha256']}, recorded {was[file]['bytes']} and "
+                    f"{was[file]['sha256']}"
                 )
     except (ValueError, KeyError, TypeError):
         pass
@@ -138,7 +139,7 @@ def check_space(folder: Path, size: int) -> None:
 
 @contextlib.contextmanager
 def commit_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder to fill; when the block ends without error, it durably becomes `folder`."""
+    """A temporary folder to fill; it durably becomes `folder` if the block ends without error."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)  # what a killed process left

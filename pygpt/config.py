@@ -146,7 +146,7 @@ class TrainConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """A configuration from plain values; an unknown key is an error that names the nearest one."""
+        """A configuration from plain values; an unknown key is an error naming the nearest."""
         return _from_dict(cls, values)
 
     def to_dict(self) -> dict[str, Any]:

@@ -76,8 +76,8 @@ class Event:
 class Run:
     """A run's folder: what was measured, said and kept.
 
-    `model/` is in Hugging Face layout; `checkpoints/step-N/` allow going on; `metrics.jsonl` has one
-    line a step, evaluation or sample; `run.json` says how the run was made.
+    `model/` is in Hugging Face layout; `checkpoints/step-N/` allow going on; `metrics.jsonl` has a
+    line for each step, evaluation and sample; `run.json` says how the run was made.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -139,10 +139,10 @@ def fit(
 ) -> Run:
     """Train `model` on `task`, in place, and keep everything in the folder `out`.
 
-    `resume` is "auto" (go on from the newest whole checkpoint in `out`, else begin), "never" (begin;
-    refused where `out` holds a run), or a checkpoint's folder. Another configuration or other data
-    than the run began with is refused, but for the settings named in `allow`. `sample` is called
-    every `sample_every` steps. At the end `model.save_pretrained(out/model, tokenizer)` is called.
+    `resume` is "auto" (go on from the newest whole checkpoint in `out`, else begin), "never"
+    (begin; refused where `out` holds a run), or a checkpoint's folder. Other data or settings than
+    the run began with are refused, but for the settings named in `allow`. `sample` is called every
+    `sample_every` steps. At the end `model.save_pretrained(out/model, tokenizer)` is called.
 
     Raises Stopped after SIGINT or SIGTERM (a checkpoint is saved; a second signal exits at once),
     NumericError before a loss or gradient that is not finite can touch the weights, ResourceError
@@ -156,12 +156,12 @@ def fit(
         loop.begin(settings, _find_checkpoint(out, resume), set(allow))
         try:
             loop.run(sample)
-        except _StopNow:
+        except _StopNow as stop:
             loop.save(final=False)
             raise Stopped(
-                f"stopped by {signals.received.name} after step {loop.step} of {config.steps}; "
+                f"stopped by {stop.signal.name} after step {loop.step} of {config.steps}; "
                 f"the same command goes on from there",
-                signals.received,
+                stop.signal,
             ) from None
         except torch.OutOfMemoryError as error:
             raise ResourceError(
@@ -232,7 +232,7 @@ def choose_dtype(name: str, device: torch.device, model: nn.Module) -> torch.dty
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        # Below this size, casting the weights each step costs a CPU more than its faster products save.
+        # Below this size, casting the weights costs a CPU more than the faster products save.
         large = sum(p.numel() for p in model.parameters()) >= _BF16_PAYS_FROM
         fast = device.type == "cpu" and large and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return torch.bfloat16 if fast else torch.float32
@@ -348,7 +348,7 @@ class _Loop:
                 )
 
     def update(self) -> tuple[dict[str, float], int]:
-        """One step: gradients of the summed loss over micro-batches, divided by all their targets."""
+        """One step: the gradient of the loss summed over micro-batches, over all their targets."""
         config, step = self.config, self.step + 1
         positions = range(self.step * config.batch_size, step * config.batch_size)
         self.model.train()
@@ -451,9 +451,12 @@ class _Loop:
 class _StopNow(BaseException):
     """Raised where a signal may end the work; not an Exception, so that no task swallows it."""
 
+    def __init__(self, received: signal.Signals) -> None:
+        self.signal = received
+
 
 class _Signals:
-    """SIGINT and SIGTERM while a run lasts: noted, acted on between micro-batches; a second one exits.
+    """SIGINT and SIGTERM during a run: acted on between micro-batches; a second one exits.
 
     Handlers can only be set in the main thread; elsewhere this does nothing.
     """
@@ -478,15 +481,15 @@ class _Signals:
             os._exit(128 + number)
         self.received = signal.Signals(number)
         if self._immediate:
-            raise _StopNow
+            raise _StopNow(self.received)
 
     def check(self) -> None:
         if self.received:
-            raise _StopNow
+            raise _StopNow(self.received)
 
     @contextlib.contextmanager
     def immediate(self) -> Iterator[None]:
-        """Within the block, which must change nothing of the run's state, a signal stops at once."""
+        """Within the block, which must not change the run's state, a signal stops at once."""
         self._immediate = True
         try:
             self.check()
@@ -596,7 +599,7 @@ def _trim_log(out: Path, step: int) -> None:
     temporary.replace(out / "metrics.jsonl")
 
 
-# --- pretraining ------------------------------------------------------------------------------------
+# --- pretraining ----------------------------------------------------------------------------------
 
 
 class Pretraining:
@@ -656,6 +659,8 @@ def pretrain(
 
     The context length is the model's. The data's tokenizer is saved with the model.
     """
+    from pygpt.tokenizer import Tokenizer  # type: ignore[import-not-found, unused-ignore]
+
     if not isinstance(data, Dataset):
         data = Dataset.open(data)
     shape: Any = model.config

@@ -1,8 +1,9 @@
-"""A prepared data set: a folder with two token shards, the tokenizer beside them, and `data.json`."""
+"""A prepared data set: a folder of two token shards, `tokenizer.json` and `data.json`."""
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -20,7 +21,7 @@ from pygpt.data.shards import HEADER, open_shard, write_shard
 from pygpt.errors import DataError
 
 if TYPE_CHECKING:
-    from pygpt.tokenizer import Tokenizer
+    from pygpt.tokenizer import Tokenizer  # type: ignore[import-not-found, unused-ignore]
 
 _ENCODED_TOGETHER = 1 << 24  # characters; bounds the memory that encoding takes
 
@@ -35,11 +36,12 @@ class Split:
 
     def starts(self, context_length: int) -> NDArray[np.int64]:
         """Where windows of `context_length` + 1 ids begin, each sharing one id with the next."""
-        return np.arange(0, self.ids.size - context_length, context_length, np.int64)
+        return np.arange(0, self.ids.size - context_length, context_length, dtype=np.int64)
 
     def window(self, starts: NDArray[np.int64], context_length: int) -> NDArray[np.int64]:
         """The ids (len(starts), context_length + 1) that begin at `starts`."""
-        return self.ids[starts[:, None] + np.arange(context_length + 1)].astype(np.int64)
+        window: NDArray[np.int64] = self.ids[starts[:, None] + np.arange(context_length + 1)]
+        return window.astype(np.int64)
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ class Dataset:
         return cls(folder, vocab_size, splits["train"], splits["validation"], sha.hexdigest())
 
     def batch(self, positions: Sequence[int], context_length: int, seed: int) -> NDArray[np.int64]:
-        """The training windows (len(positions), context_length + 1) at `positions` of a shuffled order.
+        """The training windows (len(positions), context_length + 1) at `positions` of the order.
 
         Each epoch visits every window once, in its own order and shifted by its own offset, so that
         on a small text the windows of two epochs differ. A pure function of its arguments.
@@ -84,8 +86,8 @@ class Dataset:
         slack = self.train.ids.size - 1 - context_length
         if slack < 0:
             raise DataError(
-                f"{self.folder} has {self.train.ids.size} training tokens, fewer than one window of "
-                f"context_length + 1 = {context_length + 1}; give more text or a shorter context"
+                f"{self.folder} has {self.train.ids.size} training tokens, fewer than one window "
+                f"of context_length + 1 = {context_length + 1}; give more text or a shorter context"
             )
         # One window fewer than would fit leaves room for the offset.
         count = max(1, (self.train.ids.size - 1) // context_length - 1)
@@ -107,7 +109,7 @@ def prepare(
     """Read, split, encode and store text for training.
 
     `paths` are text, jsonl, json, csv or tsv files, or folders of them; a row's text stands under
-    `text_key`. `validation` is files of their own, or a fraction: whole documents, chosen by `seed`,
+    `text_key`. `validation` is files of their own, or a fraction: whole documents chosen by `seed`
     where there are enough of them (20 at a tenth), otherwise the last part of every document. The
     end-of-text token, where the tokenizer has one, stands between documents. Special tokens that
     occur in the text are encoded as ordinary text. Returns the opened `Dataset`.
@@ -172,7 +174,7 @@ def _encode(texts: Iterable[str], tok: Tokenizer) -> Iterator[NDArray[np.uint32]
     first = True
     for group in _grouped(texts):
         ids, offsets = tok.encode_batch_to_numpy(group)
-        for start, stop in zip(offsets[:-1], offsets[1:], strict=True):
+        for start, stop in itertools.pairwise(offsets):
             if not first:
                 yield separator
             first = False

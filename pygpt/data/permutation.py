@@ -1,4 +1,4 @@
-"""A random order that is computed, not stored: which sample stands at a position is a pure function.
+"""A random order that is computed, not stored: the sample at a position is a pure function.
 
 A Feistel network over the smallest even number of bits that holds n, walked along its cycle until
 the result is below n (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002), is a
@@ -14,7 +14,7 @@ _ROUNDS = 6
 
 
 def mix(*values: int) -> int:
-    """One 63-bit integer that depends on every bit of `values`: a seed for a (seed, position) pair."""
+    """One 63-bit integer that depends on every bit of `values`: a seed out of several."""
     state = np.zeros(1, np.uint64)
     for value in values:
         state = _scramble(state + np.uint64(value & 0xFFFF_FFFF_FFFF_FFFF))
@@ -22,7 +22,7 @@ def mix(*values: int) -> int:
 
 
 def shuffled(positions: ArrayLike, n: int, seed: int) -> NDArray[np.int64]:
-    """The sample, in range(n), at each of `positions`; every n positions are one epoch, in a new order.
+    """The sample, in range(n), at each of `positions`; every n positions are an epoch, reordered.
 
     >>> sorted(shuffled(range(5), 5, seed=0).tolist())
     [0, 1, 2, 3, 4]

@@ -1,4 +1,4 @@
-"""Documents from files: plain text, jsonl, json, csv and tsv, and folders of them; UTF-8 throughout.
+"""Documents from files: plain text, jsonl, json, csv and tsv, and folders of them, in UTF-8.
 
 A byte order mark is dropped and line ends become "\\n". What cannot be text is refused with the
 place where that was seen.
@@ -21,7 +21,7 @@ Paths = str | Path | Iterable[str | Path]
 
 
 def list_files(paths: Paths) -> list[Path]:
-    """The files that `paths` name, in order; a folder stands for every readable file below it, sorted."""
+    """The files that `paths` name, in order; a folder stands for all readable files below it."""
     files: list[Path] = []
     for path in [paths] if isinstance(paths, str | Path) else paths:
         path = Path(path)
@@ -62,7 +62,7 @@ def read_text(path: Path) -> str:
 
 
 def read_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """The rows of a jsonl, json, csv or tsv file, each with the place it stands at, for messages."""
+    """The rows of a jsonl, json, csv or tsv file, each with its place, for messages."""
     suffix, text = path.suffix.lower(), read_text(path)
     if suffix in (".jsonl", ".ndjson"):
         for number, line in enumerate(text.split("\n"), 1):
@@ -85,7 +85,7 @@ def read_rows(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def read_documents(path: Path, text_key: str = "text") -> Iterator[str]:
-    """The documents of a file: a row each of a jsonl, json, csv or tsv file, otherwise the whole file."""
+    """The documents of a file: each row of a jsonl, json, csv or tsv file, else the whole."""
     if path.suffix.lower() not in _SUFFIXES[3:]:
         yield read_text(path)
         return

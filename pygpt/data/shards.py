@@ -1,7 +1,7 @@
-"""Token shards: a 64-byte header, then ids as uint16 or uint32, little endian, memory-mapped when read.
+"""Token shards: a 64-byte header, then ids as little-endian uint16 or uint32, memory-mapped.
 
 Header: magic (8 bytes), bytes per id (uint32), vocabulary size (uint32), count (uint64), sha256 of
-these fields and of the ids (32 bytes), zeros. Whatever byte of the file changes, `open_shard` notices.
+these fields and of the ids (32 bytes), zeros. `open_shard` notices a change of any byte.
 """
 
 from __future__ import annotations
