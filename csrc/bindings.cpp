@@ -32,6 +32,33 @@ void bind_machine(py::module_& m) {
   });
 }
 
+template <class T>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+void bind_sample(py::module_& m) {
+  m.def("sample", [](uintptr_t logits, int dtype, int64_t rows, int64_t vocab, int64_t logits_stride,
+                     uintptr_t parameters, int64_t parameters_stride, uintptr_t uniforms,
+                     uintptr_t bias, int64_t bias_stride, uintptr_t history, int64_t history_length,
+                     uintptr_t tokens) {
+    if (rows && (!logits || !parameters || !uniforms || !tokens)) {
+      throw std::invalid_argument("sample was given a tensor without memory");
+    }
+    const py::gil_scoped_release release;
+    cpu_kernels().sample({pointer<void>(logits), static_cast<DType>(dtype), rows, vocab,
+                          logits_stride, pointer<SampleParameters>(parameters), parameters_stride,
+                          pointer<double>(uniforms), pointer<float>(bias), bias_stride,
+                          pointer<int64_t>(history), history_length, pointer<int64_t>(tokens)});
+    for (int64_t row = 0; row < rows; ++row) {
+      if (pointer<int64_t>(tokens)[row] >= 0) continue;
+      throw std::invalid_argument("row " + std::to_string(row) +
+                                  " of logits has NaN, +inf or no finite value; look at the model "
+                                  "that made it");
+    }
+  });
+}
+
 void translate(std::exception_ptr error) {
   try {
     if (error) std::rethrow_exception(error);
@@ -50,4 +77,5 @@ PYBIND11_MODULE(_native, m) {
   py::register_local_exception_translator(&translate);
   current_isa();  // an unknown PYGPT_ISA is an error here, not at the first call
   bind_machine(m);
+  bind_sample(m);
 }

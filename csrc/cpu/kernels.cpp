@@ -6,9 +6,12 @@
 
 namespace pygpt::PYGPT_ISA_NAMESPACE {
 
+void sample(const SampleArgs&);
+
 extern const CpuKernels kernels;
 const CpuKernels kernels = {
     .name = PYGPT_NAME(PYGPT_ISA_NAMESPACE),
+    .sample = sample,
 };
 
 }  // namespace pygpt::PYGPT_ISA_NAMESPACE

@@ -9,8 +9,30 @@ namespace pygpt {
 
 enum class DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
+// How one row is sampled; top_k 0, top_p 1 and min_p 0 switch their filter off. The layout is that
+// of the rows of a float64 tensor.
+struct SampleParameters {
+  double temperature, top_k, top_p, min_p;
+  double repetition_penalty, presence_penalty, frequency_penalty;
+};
+
+struct SampleArgs {
+  const void* logits;  // (rows, vocab)
+  DType dtype;
+  int64_t rows, vocab, logits_stride;
+  const SampleParameters* parameters;  // one, or one per row
+  int64_t parameters_stride;
+  const double* uniforms;  // (rows) in [0, 1)
+  const float* bias;       // (vocab) or (rows, vocab), or null
+  int64_t bias_stride;
+  const int64_t* history;  // (rows, history_length); negative entries are padding
+  int64_t history_length;
+  int64_t* tokens;  // (rows); -1 where a row has NaN, +inf, or no finite logit
+};
+
 struct CpuKernels {
   const char* name;
+  void (*sample)(const SampleArgs&);
 };
 
 }  // namespace pygpt

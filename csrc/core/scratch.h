@@ -1,0 +1,12 @@
+// Memory of the calling thread that lives between calls: kernels ask for their work space here, so
+// that no call pays for fresh pages.
+#pragma once
+
+#include <cstddef>
+
+namespace pygpt {
+
+// At least `bytes` bytes aligned to 64; content undefined; valid until this thread asks again.
+void* scratch(size_t bytes);
+
+}  // namespace pygpt

@@ -1,0 +1,93 @@
+"""The slow, obvious twins of the native ops: so plain that they need no test of their own.
+
+Run by `impl="reference"`, `pygpt doctor`, the tests and the benchmarks' Python column.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# --- sampling -----------------------------------------------------------------------
+
+LOG2_E = float.fromhex("0x1.715476p+0")
+# 2^-f on [0, 1), highest power first: |error| < 2^-21.
+EXP2_COEFFICIENTS = [
+    float.fromhex(x)
+    for x in (
+        "-0x1.ef66d2p-11",
+        "0x1.2da7d6p-7",
+        "-0x1.c4fef8p-5",
+        "0x1.ebe392p-3",
+        "-0x1.62e3bcp-1",
+        "0x1p0",
+    )
+]
+
+
+def sampling_weights(z: np.ndarray, temperature: float) -> list[int]:
+    """floor(2^40 exp((z - max z) / temperature)) as every backend computes it, in float32 steps."""
+    with np.errstate(over="ignore"):
+        scale = min(np.float32(LOG2_E) / np.float32(temperature), np.finfo(np.float32).max)
+        u = np.minimum((z.max() - z) * np.float32(scale), np.float32(48.0))
+    whole = u.astype(np.int64)
+    f = u - whole.astype(np.float32)
+    p = np.full_like(f, EXP2_COEFFICIENTS[0])
+    for coefficient in EXP2_COEFFICIENTS[1:]:
+        p = p * f + np.float32(coefficient)
+    mantissa = (p * np.float32(2.0**24)).astype(np.int64)
+    return [int(m) << 16 >> int(n) for m, n in zip(mantissa, whole, strict=True)]
+
+
+def sample(
+    logits: Tensor,
+    uniforms: Tensor,
+    parameters: Tensor,
+    logit_bias: Tensor | None,
+    history: Tensor | None,
+) -> Tensor:
+    """One token per row, by sorting; arguments as in csrc/cpu/kernels.h, on the CPU."""
+    tokens = []
+    for row in range(logits.shape[0]):
+        settings = parameters[row if len(parameters) > 1 else 0].tolist()
+        temperature, top_k, top_p, min_p, *penalties = settings
+        repetition, presence, frequency = (np.float32(x) for x in penalties)
+        z = logits[row].float().numpy().copy()
+        if logit_bias is not None:
+            z += logit_bias[row].numpy()
+        seen = [] if history is None else [i for i in history[row].tolist() if i >= 0]
+        for i in set(seen):
+            z[i] = z[i] / repetition if z[i] > 0 else z[i] * repetition
+            z[i] -= presence + frequency * np.float32(seen.count(i))
+        if not math.isfinite(z.max()):  # max gives NaN where there is one
+            raise ValueError(
+                f"row {row} of logits has NaN, +inf or no finite value; look at the model that "
+                f"made it"
+            )
+        candidates = sorted(range(len(z)), key=lambda i: (-z[i], i))
+        if temperature == 0:
+            tokens.append(candidates[0])
+            continue
+        weights = sampling_weights(z, temperature)
+        if top_k >= 1:
+            candidates = candidates[: int(top_k)]
+        need = max(1, math.ceil(top_p * float(sum(weights[i] for i in candidates))))
+        survivors, running = [], 0
+        for i in candidates:
+            if running >= need:
+                break
+            survivors.append(i)
+            running += weights[i]
+        least = math.ceil(min_p * 2.0**40)
+        survivors = sorted(i for i in survivors if weights[i] >= least)
+        total = sum(weights[i] for i in survivors)
+        rest = min(int(float(uniforms[row]) * float(total)), total - 1)
+        for i in survivors:
+            rest -= weights[i]
+            if rest < 0:
+                tokens.append(i)
+                break
+    return torch.tensor(tokens, dtype=torch.int64, device=logits.device)
