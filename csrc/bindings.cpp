@@ -38,10 +38,10 @@ T* pointer(uintptr_t address) {
 }
 
 void bind_sample(py::module_& m) {
-  m.def("sample", [](uintptr_t logits, int dtype, int64_t rows, int64_t vocab, int64_t logits_stride,
-                     uintptr_t parameters, int64_t parameters_stride, uintptr_t uniforms,
-                     uintptr_t bias, int64_t bias_stride, uintptr_t history, int64_t history_length,
-                     uintptr_t tokens) {
+  m.def("sample", [](uintptr_t logits, int dtype, int64_t rows, int64_t vocab,
+                     int64_t logits_stride, uintptr_t parameters, int64_t parameters_stride,
+                     uintptr_t uniforms, uintptr_t bias, int64_t bias_stride, uintptr_t history,
+                     int64_t history_length, uintptr_t tokens) {
     if (rows && (!logits || !parameters || !uniforms || !tokens)) {
       throw std::invalid_argument("sample was given a tensor without memory");
     }
