@@ -15,6 +15,8 @@ _PUBLIC = {
     "Run": "training",
     "TrainConfig": "config",
     "pretrain": "training",
+    "generate": "generation",
+    "stream": "generation",
 }
 _ROOMS = ("data", "ops", "reference")
 
