@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+import http.server
 import json
 import re
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
 from pygpt import GPT, GPTConfig, PygptError
@@ -275,3 +280,116 @@ def test_a_failed_save_leaves_the_old_file(folder: Path, monkeypatch: pytest.Mon
         random_model(seed=1).save_pretrained(folder)
     assert_same(GPT.from_pretrained(folder), random_model())
     assert sorted(p.name for p in folder.iterdir()) == ["config.json", "model.safetensors"]
+
+
+# --- the hub -------------------------------------------------------------------------------------
+
+
+class LoopbackHub:
+    """Serves one folder as the repository tiny/gpt, the way the hub does."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.requests: list[str] = []
+        self.lie = False  # name the weights by another hash than their own
+        hub = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_HEAD(self) -> None:
+                hub.answer(self, body=False)
+
+            def do_GET(self) -> None:
+                hub.answer(self, body=True)
+
+            def log_message(self, format: str, *args: object) -> None:
+                pass
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.address = f"http://127.0.0.1:{self.server.server_address[1]}"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def answer(self, request: http.server.BaseHTTPRequestHandler, body: bool) -> None:
+        self.requests.append(f"{request.command} {request.path}")
+        repository, _, rest = request.path.lstrip("/").partition("/resolve/")
+        revision, _, name = rest.partition("/")
+        path = self.folder / name
+        problem = None
+        if repository != "tiny/gpt":
+            problem = "RepoNotFound"
+        elif revision not in ("main", "b" * 40):
+            problem = "RevisionNotFound"
+        elif not path.is_file():
+            problem = "EntryNotFound"
+        if problem:
+            request.send_response(404)
+            request.send_header("X-Error-Code", problem)
+            request.send_header("X-Repo-Commit", "b" * 40)
+            request.send_header("Content-Length", "0")
+            request.end_headers()
+            return
+        data = path.read_bytes()
+        start = int(request.headers.get("Range", "bytes=0-")[6:].partition("-")[0])
+        large = name.endswith(".safetensors")  # as git-lfs keeps it: named by its sha256
+        digest = hashlib.sha256(data).hexdigest() if large else hashlib.sha1(data).hexdigest()
+        request.send_response(206 if start else 200)
+        request.send_header("X-Repo-Commit", "b" * 40)
+        request.send_header("ETag", f'"{"0" * 64 if large and self.lie else digest}"')
+        request.send_header("Content-Length", str(len(data) - start))
+        request.end_headers()
+        if body:
+            request.wfile.write(data[start:])
+
+
+@pytest.fixture
+def hub(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub]:
+    """A hub on the loopback interface, with an empty cache."""
+    server = LoopbackHub(folder)
+    monkeypatch.setattr(constants, "ENDPOINT", server.address)
+    template = f"{server.address}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_PROGRESS_BARS", True)
+    yield server
+    server.server.shutdown()
+    server.server.server_close()
+
+
+def test_a_name_is_downloaded_once_and_found_offline(
+    hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert_same(GPT.from_pretrained("tiny/gpt"), random_model())
+    hub.requests.clear()
+    assert_same(GPT.from_pretrained("tiny/gpt"), random_model())
+    assert not any(line.startswith("GET") for line in hub.requests)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert_same(GPT.from_pretrained("tiny/gpt"), random_model())
+    with pytest.raises(PygptError, match="neither a local path nor in the cache") as caught:
+        GPT.from_pretrained("tiny/other")
+    assert caught.value.exit_code == 5
+
+
+def test_a_sharded_name_is_downloaded_whole(
+    hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shard(hub.folder)
+    for offline in (False, True):
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
+        assert_same(GPT.from_pretrained("tiny/gpt", revision="b" * 40), random_model())
+
+
+def test_what_the_hub_lacks_is_said(hub: LoopbackHub) -> None:
+    with pytest.raises(FileNotFoundError, match="neither a local path nor a public model"):
+        GPT.from_pretrained("tiny/none")
+    with pytest.raises(FileNotFoundError, match="tiny/gpt has no revision 'v9'"):
+        GPT.from_pretrained("tiny/gpt", revision="v9")
+    (hub.folder / "model.safetensors").unlink()
+    with pytest.raises(PygptError, match=r"has no model\.safetensors"):
+        GPT.from_pretrained("tiny/gpt")
+
+
+def test_a_download_with_another_hash_is_refused_and_removed(hub: LoopbackHub) -> None:
+    hub.lie = True
+    with pytest.raises(PygptError, match=r"model\.safetensors has sha256 .*, the hub says 0000"):
+        GPT.from_pretrained("tiny/gpt")
+    hub.lie = False
+    assert_same(GPT.from_pretrained("tiny/gpt"), random_model())

@@ -44,7 +44,9 @@ def _file(name: str, filename: str, revision: str | None) -> Path | None:
         RevisionNotFoundError,
     )
 
-    cached = isinstance(try_to_load_from_cache(name, filename, revision=revision), str)
+    cached = try_to_load_from_cache(name, filename, revision=revision)
+    if cached is not None and not isinstance(cached, str):  # the hub said once that it has none
+        return None
     try:
         path = Path(hf_hub_download(name, filename, revision=revision))
     except LocalEntryNotFoundError as error:
@@ -62,7 +64,9 @@ def _file(name: str, filename: str, revision: str | None) -> Path | None:
     except (HfHubHTTPError, OSError) as error:
         raise ResourceError(f"{name}: {filename} could not be downloaded: {error}") from error
     blob = path.resolve()
-    if not cached and re.fullmatch(r"[0-9a-f]{64}", blob.name):  # the hub names a blob by its hash
+    if cached is None and re.fullmatch(
+        r"[0-9a-f]{64}", blob.name
+    ):  # the hub names a blob by its hash
         with blob.open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
         if found != blob.name:
