@@ -8,7 +8,7 @@ from there. Where that happens depends on the request alone, not on its neighbou
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, overload
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -18,9 +18,6 @@ from torch.nn import functional as F
 from pygpt import ops
 from pygpt.errors import NumericError
 from pygpt.model import GPT, KVCache
-
-if TYPE_CHECKING:
-    from pygpt.tokenizer import Tokenizer
 
 
 @overload
@@ -84,7 +81,7 @@ def generate(
 
 def stream(
     model: GPT,
-    tokenizer: Tokenizer,
+    tokenizer: Any,
     prompt: str | Sequence[int],
     max_new_tokens: int = 100,
     *,

@@ -11,6 +11,8 @@ import torch
 
 from pygpt import GPT, GPTConfig, PygptError, generate, stream
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 PROMPTS = [[5, 9, 33], [1], [7, 7, 7, 7, 2, 60, 4, 8, 12], [3, 1, 4, 1, 5]]
 SAMPLINGS: list[dict[str, Any]] = [
     {"temperature": 0.0},
@@ -197,7 +199,7 @@ def scripted(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_pieces_are_whole_characters(tiny_model: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
     scripted("é漢!", monkeypatch)
-    pieces = list(stream(tiny_model, ByteTokenizer(), "abc"))  # type: ignore[arg-type]
+    pieces = list(stream(tiny_model, ByteTokenizer(), "abc"))
     assert pieces == ["é", "漢", "!"]
 
 
@@ -216,7 +218,7 @@ def test_stop_strings_end_a_stream_before_them(
     tiny_model: GPT, monkeypatch: pytest.MonkeyPatch, stop: Any, expected: str
 ) -> None:
     scripted("abcabd é.", monkeypatch)
-    pieces = list(stream(tiny_model, ByteTokenizer(), "", stop=stop))  # type: ignore[arg-type]
+    pieces = list(stream(tiny_model, ByteTokenizer(), "", stop=stop))
     assert "".join(pieces) == expected and "" not in pieces
 
 

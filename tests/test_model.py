@@ -13,6 +13,8 @@ from torch.nn import functional as F
 from pygpt import GPT, GPTConfig
 from pygpt.model import KVCache
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 BOOK = {"vocab_size": 50257, "context_length": 1024, "drop_rate": 0.1, "qkv_bias": False}
 
 

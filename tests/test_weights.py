@@ -18,6 +18,8 @@ from safetensors.torch import load_file, save_file
 from pygpt import GPT, GPTConfig, PygptError
 from pygpt.weights.layout import shapes
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 VARIANTS = [(tie, bias) for tie in (False, True) for bias in (False, True)]
 
 
