@@ -81,7 +81,7 @@ def read_rows(path: Path) -> Iterator[tuple[str, Any]]:
             for row in reader:
                 yield f"{path}, line {reader.line_num}", row
         except csv.Error as error:
-            raise DataError(f"{path}, line {reader.line_num}: {error}") from None
+            raise DataError(f"{path}, after line {reader.line_num}: {error}") from None
 
 
 def read_documents(path: Path, text_key: str = "text") -> Iterator[str]:
