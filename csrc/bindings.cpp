@@ -10,6 +10,9 @@
 namespace py = pybind11;
 
 namespace pygpt {
+
+void bind_tokenizer(py::module_& m);  // bindings_tokenizer.cpp
+
 namespace {
 
 void bind_machine(py::module_& m) {
@@ -64,6 +67,8 @@ void translate(std::exception_ptr error) {
     if (error) std::rethrow_exception(error);
   } catch (const KeyError& e) {
     py::set_error(PyExc_KeyError, e.what());
+  } catch (const DataError& e) {
+    py::set_error(py::module_::import("pygpt.errors").attr("DataError"), e.what());
   } catch (const UserError& e) {
     py::set_error(py::module_::import("pygpt.errors").attr("PygptError"), e.what());
   }
@@ -77,5 +82,6 @@ PYBIND11_MODULE(_native, m) {
   py::register_local_exception_translator(&translate);
   current_isa();  // an unknown PYGPT_ISA is an error here, not at the first call
   bind_machine(m);
+  bind_tokenizer(m);
   bind_sample(m);
 }

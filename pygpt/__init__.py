@@ -13,6 +13,7 @@ _PUBLIC = {
     "GPTConfig": "config",
     "PygptError": "errors",
     "Run": "training",
+    "Tokenizer": "tokenizer",
     "TrainConfig": "config",
     "pretrain": "training",
     "generate": "generation",

@@ -6,6 +6,7 @@ Run by `impl="reference"`, `pygpt doctor`, the tests and the benchmarks' Python 
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -91,3 +92,61 @@ def sample(
                 tokens.append(i)
                 break
     return torch.tensor(tokens, dtype=torch.int64, device=logits.device)
+
+
+# --- byte-pair encoding -------------------------------------------------------------
+
+
+def merge_pair(symbols: list[bytes], left: bytes, right: bytes) -> list[bytes]:
+    """Join every `left` that `right` follows, from the left."""
+    merged: list[bytes] = []
+    i = 0
+    while i < len(symbols):
+        joined = symbols[i : i + 2] == [left, right]
+        merged.append(left + right if joined else symbols[i])
+        i += 1 + joined
+    return merged
+
+
+def bpe_encode(ranks: dict[bytes, int], piece: bytes) -> list[int]:
+    """Ids of one piece: merge the neighbours whose join has the lowest rank, leftmost first."""
+    symbols = [bytes([byte]) for byte in piece]
+    while piece not in ranks:
+        joins = [(ranks.get(a + b, math.inf), i) for i, (a, b) in enumerate(pairwise(symbols))]
+        rank, i = min(joins, default=(math.inf, 0))
+        if rank == math.inf:
+            return [ranks[symbol] for symbol in symbols]
+        symbols[i : i + 2] = [symbols[i] + symbols[i + 1]]
+    return [ranks[piece]]
+
+
+def bpe_decode(ranks: dict[bytes, int], ids: list[int]) -> bytes:
+    """The bytes of ids."""
+    token = {rank: symbol for symbol, rank in ranks.items()}
+    return b"".join(token[i] for i in ids)
+
+
+def bpe_train(
+    pieces: dict[bytes, int], byte_order: list[int], merges: int, min_frequency: int = 2
+) -> list[bytes]:
+    """Tokens in order of id, from how often each piece of the corpus occurs.
+
+    `byte_order` lists the bytes in order of id. The most frequent pair is merged first, of equals
+    the one with the smallest ids.
+    """
+    tokens = [bytes([byte]) for byte in byte_order]
+    words = [([bytes([byte]) for byte in piece], count) for piece, count in pieces.items()]
+    for _ in range(merges):
+        id_of = {token: i for i, token in enumerate(tokens)}
+        counts: dict[tuple[bytes, bytes], int] = {}
+        for symbols, count in words:
+            for pair in pairwise(symbols):
+                counts[pair] = counts.get(pair, 0) + count
+        if not counts:
+            break
+        best = min(counts, key=lambda p: (-counts[p], id_of[p[0]], id_of[p[1]]))
+        if counts[best] < min_frequency:
+            break
+        tokens.append(best[0] + best[1])
+        words = [(merge_pair(symbols, *best), count) for symbols, count in words]
+    return tokens

@@ -1,6 +1,6 @@
 // Errors that cross into Python. std::invalid_argument becomes ValueError, std::overflow_error
 // OverflowError, std::bad_alloc MemoryError; the two below become KeyError and RuntimeError-derived
-// pygpt.PygptError. bindings.cpp holds the translation.
+// pygpt.PygptError (DataError to pygpt.errors.DataError). bindings.cpp holds the translation.
 #pragma once
 
 #include <stdexcept>
@@ -15,6 +15,11 @@ struct KeyError : std::runtime_error {
 // A file, device or state that the user can put right; the message says how.
 struct UserError : std::runtime_error {
   using std::runtime_error::runtime_error;
+};
+
+// A file whose content cannot be used.
+struct DataError : UserError {
+  using UserError::UserError;
 };
 
 }  // namespace pygpt

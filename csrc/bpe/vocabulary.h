@@ -1,0 +1,94 @@
+// A vocabulary: the bytes of every token, the merge rules, and which tokens a whole piece may be.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include "bpe/merge.h"
+
+namespace pygpt {
+
+struct Token {
+  std::string bytes;
+  uint32_t id;
+};
+
+// A piece or token of at most 15 bytes, zero-padded, and its size.
+struct ShortKey {
+  uint64_t low, high;  // size in the last byte
+  bool operator==(const ShortKey&) const = default;
+};
+inline uint64_t hash_of(ShortKey key) {
+  return key.low * 0x9E3779B97F4A7C15u + key.high * 0xC2B2AE3D27D4EB4Fu;
+}
+ShortKey short_key(const uint8_t* bytes, size_t size);  // size <= kShortKey
+constexpr size_t kShortKey = 15;
+
+class Vocabulary {
+ public:
+  static constexpr uint32_t kNoToken = ~0u;
+  static constexpr uint32_t kMaxId = (1u << 24) - 1;
+
+  // tiktoken's rule: ids are ranks, and two neighbours merge when their bytes together are a token.
+  // Throws std::invalid_argument for duplicates, missing single bytes, or too large ids.
+  explicit Vocabulary(std::vector<Token> tokens);
+
+  // Hugging Face's rule: only the given pairs of ids merge, the first in the list first.
+  // A whole piece that is a token is taken as it is only where `whole_pieces`.
+  Vocabulary(std::vector<Token> tokens, const std::vector<std::pair<uint32_t, uint32_t>>& merges,
+             bool whole_pieces);
+
+  // For decoding only: does not take part in merging.
+  void add_special(const std::string& bytes, uint32_t id);
+
+  uint32_t size() const { return static_cast<uint32_t>(entries_.size()); }  // largest id + 1
+  bool has(uint32_t id) const { return id < entries_.size() && entries_[id].size != 0; }
+  std::string_view bytes(uint32_t id) const;  // of an id that it has
+
+  // Id of the token that may stand for this whole piece, or kNoToken.
+  uint32_t whole(const uint8_t* piece, size_t size) const;
+
+  // Ids of a piece by merging alone; `out` has room for `size`.
+  size_t merge(const uint8_t* piece, size_t size, uint32_t* out) const;
+
+  // Pairs of ids in order of rank.
+  std::vector<std::pair<uint32_t, uint32_t>> merges() const;
+
+  // True when merging gives each token from its own bytes.
+  bool all_reachable() const { return all_reachable_; }
+
+  // A token as decoding copies it: 15 bytes at once.
+  struct Entry {
+    uint8_t bytes[kShortKey];  // or, where size is kLong, offset and size in long_bytes_ (uint32)
+    uint8_t size;              // 0: no such token
+  };
+  static constexpr uint8_t kLong = 255;
+  const Entry* entries() const { return entries_.data(); }
+
+ private:
+  void store(const Token& token);
+  void number_symbols(const std::vector<Token>& tokens);
+  void index_whole(const std::vector<Token>& tokens, const std::vector<bool>& allowed);
+
+  MergeRules rules_;
+  std::vector<Entry> entries_;  // by id
+  std::string long_bytes_;
+  std::vector<uint32_t> symbol_id_;                    // symbol -> id
+  std::vector<std::pair<uint32_t, uint32_t>> merges_;  // by rank, symbols
+  std::vector<uint32_t> whole_;                        // open addressing: id or kNoToken
+  int whole_shift_ = 0;
+  bool all_reachable_ = true;
+};
+
+// Readers of vocabulary files; std::invalid_argument says which line is wrong.
+std::vector<Token> parse_tiktoken(std::string_view file);
+std::vector<Token> parse_gpt2_merges(std::string_view file);
+
+// The character that GPT-2's files write for a byte, as a code point, and the order of its ids.
+uint32_t gpt2_character(uint8_t byte);
+const uint8_t* gpt2_byte_order();  // 256 bytes
+
+}  // namespace pygpt
