@@ -91,7 +91,15 @@ def test_every_instruction_set_passes_the_tests_above():
         pytest.skip("this run is one of them")
     for isa in others:
         run = subprocess.run(
-            [sys.executable, "-m", "pytest", "-x", __file__, "-k", "same_tokens or (gpt2s and float32)"],
+            [
+                sys.executable,
+                "-m",
+                "pytest",
+                "-x",
+                __file__,
+                "-k",
+                "same_tokens or (gpt2s and float32)",
+            ],
             env={**os.environ, "PYGPT_ISA": isa},
             capture_output=True,
             text=True,
