@@ -62,6 +62,44 @@ void bind_sample(py::module_& m) {
   });
 }
 
+void bind_cross_entropy(py::module_& m) {
+  // Number of targets that are not ignore_index; throws where one is outside the vocabulary.
+  m.def("count_targets", [](uintptr_t targets, int64_t rows, int64_t vocab, int64_t ignore_index) {
+    if (rows && !targets) throw std::invalid_argument("targets have no memory");
+    int64_t count = 0;
+    for (int64_t row = 0; row < rows; ++row) {
+      const int64_t target = pointer<int64_t>(targets)[row];
+      if (target == ignore_index) continue;
+      if (target < 0 || target >= vocab) {
+        throw std::invalid_argument("target " + std::to_string(target) +
+                                    " is outside the vocabulary of " + std::to_string(vocab) +
+                                    " and is not ignore_index " + std::to_string(ignore_index));
+      }
+      ++count;
+    }
+    return count;
+  });
+  // Returns the sum of the losses; targets have been counted, and so checked, before.
+  m.def("cross_entropy", [](uintptr_t logits, int dtype, int64_t rows, int64_t vocab,
+                            int64_t logits_stride, uintptr_t targets, int64_t ignore_index,
+                            uintptr_t losses, uintptr_t gradient, int64_t gradient_stride,
+                            float scale, uintptr_t scales) {
+    if (rows && (!logits || !targets || !losses)) {
+      throw std::invalid_argument("cross_entropy was given a tensor without memory");
+    }
+    const py::gil_scoped_release release;
+    cpu_kernels().cross_entropy({pointer<void>(logits), static_cast<DType>(dtype), rows, vocab,
+                                 logits_stride, pointer<int64_t>(targets), ignore_index,
+                                 pointer<float>(losses), pointer<void>(gradient), gradient_stride,
+                                 scale, pointer<float>(scales)});
+    double total = 0;
+    for (int64_t row = 0; row < rows; ++row) {
+      total += static_cast<double>(pointer<float>(losses)[row]);
+    }
+    return total;
+  });
+}
+
 void translate(std::exception_ptr error) {
   try {
     if (error) std::rethrow_exception(error);
@@ -84,4 +122,5 @@ PYBIND11_MODULE(_native, m) {
   bind_machine(m);
   bind_tokenizer(m);
   bind_sample(m);
+  bind_cross_entropy(m);
 }

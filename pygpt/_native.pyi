@@ -27,6 +27,22 @@ def sample(
     arg12: int,
     /,
 ) -> None: ...
+def count_targets(arg0: int, arg1: int, arg2: int, arg3: int, /) -> int: ...
+def cross_entropy(
+    arg0: int,
+    arg1: int,
+    arg2: int,
+    arg3: int,
+    arg4: int,
+    arg5: int,
+    arg6: int,
+    arg7: int,
+    arg8: int,
+    arg9: int,
+    arg10: float,
+    arg11: int,
+    /,
+) -> float: ...
 
 _SpecialChoice = Literal[True] | list[tuple[str, int]] | None
 

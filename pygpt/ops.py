@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -354,3 +355,429 @@ def _sample_torch(
     tokens = (running <= torch.minimum(rest, total - 1)).sum(1)
     tokens = torch.where(temperature[:, 0] == 0, order[:, 0], tokens)
     return torch.where(bad, -1, tokens)
+
+
+# --- cross-entropy ------------------------------------------------------------------
+
+Reduction = Literal["mean", "sum", "none"]
+
+# Bytes of logits that linear_cross_entropy holds at a time.
+_LOGITS_BYTES = 1 << 26
+
+
+def cross_entropy(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    ignore_index: int = -100,
+    reduction: Reduction = "mean",
+    inplace: bool = False,
+    impl: Impl = "auto",
+) -> Tensor:
+    """Cross-entropy in nats of logits (N, V) at targets (N,) int64, as a float32 scalar or (N,).
+
+    Rows whose target is `ignore_index` count for nothing; any other target outside [0, V) is a
+    ValueError. The mean is over the rows that count. With `inplace` the gradient is written over
+    the logits, which saves their size in memory and leaves nothing readable in them.
+
+    >>> cross_entropy(torch.zeros(2, 4), torch.tensor([1, 3]))
+    tensor(1.3863)
+    """
+    _check_targets("logits", logits, targets, reduction)
+    native = logits.device.type == "cpu" and logits.dtype in _NATIVE_DTYPES
+    match _resolve(impl, native=native):
+        case "native":
+            needed = logits.requires_grad and torch.is_grad_enabled()
+            if inplace and needed and reduction != "none" and not torch.compiler.is_compiling():
+                return _InplaceCrossEntropy.apply(logits, targets, ignore_index, reduction)  # type: ignore[no-any-return,no-untyped-call]
+            loss, _ = torch.ops.pygpt.cross_entropy(
+                logits, targets, ignore_index, reduction, needed and reduction != "none"
+            )
+            return loss  # type: ignore[no-any-return]
+        case "torch":
+            if logits.dtype in (torch.float16, torch.bfloat16):
+                logits = logits.float()
+            return F.cross_entropy(logits, targets, ignore_index=ignore_index, reduction=reduction)
+        case _:
+            return reference.cross_entropy(logits, targets, ignore_index, reduction)
+
+
+def linear_cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: Reduction = "mean",
+    impl: Impl = "auto",
+) -> Tensor:
+    """cross_entropy(x weight^T + bias, targets) without ever holding the (N, V) logits.
+
+    x (N, C), weight (V, C), bias (V,), targets (N,) int64; returns a float32 scalar or (N,). Under
+    autocast the products are made in its dtype, as in F.linear; softmax and loss stay float32, and
+    the weight's gradient is added up in its own dtype. Where gradients are needed, "mean" and "sum"
+    compute them together with the loss; "none" makes the logits a second time.
+
+    >>> linear_cross_entropy(torch.zeros(2, 3), torch.zeros(4, 3), torch.tensor([1, 3]))
+    tensor(1.3863)
+    """
+    _check_targets("x", x, targets, reduction)
+    if weight.dim() != 2 or weight.shape[1] != x.shape[1]:
+        raise ValueError(
+            f"weight must be (V, C) with C = {x.shape[1]}, got shape {tuple(weight.shape)}"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must be ({weight.shape[0]},), got shape {tuple(bias.shape)}")
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    if dtype == x.dtype and not weight.dtype == x.dtype:
+        raise ValueError(f"x and weight must have one dtype, got {x.dtype} and {weight.dtype}")
+    match _resolve(impl, native=device == "cpu" and dtype in _NATIVE_DTYPES):
+        case "native":
+            needed = [
+                torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
+                for tensor in (x, weight, bias)
+            ]
+            return torch.ops.pygpt.linear_cross_entropy(  # type: ignore[no-any-return]
+                x, weight, bias, targets, ignore_index, reduction, dtype, needed
+            )[0]
+        case "torch":
+            return cross_entropy(
+                F.linear(x, weight, bias),
+                targets,
+                ignore_index=ignore_index,
+                reduction=reduction,
+                impl="torch",
+            )
+        case _:
+            logits = x.double() @ weight.double().t()
+            logits = logits if bias is None else logits + bias.double()
+            return reference.cross_entropy(logits, targets, ignore_index, reduction)
+
+
+def _check_targets(name: str, x: Tensor, targets: Tensor, reduction: str) -> None:
+    if x.dim() != 2:
+        raise ValueError(f"{name} must have two dimensions, got shape {tuple(x.shape)}")
+    if targets.shape != x.shape[:1] or targets.dtype != torch.int64:
+        raise ValueError(
+            f"targets must be int64 of shape ({x.shape[0]},), got {targets.dtype} "
+            f"{tuple(targets.shape)}"
+        )
+    if reduction not in get_args(Reduction):
+        raise ValueError(f"reduction must be mean, sum or none, got {reduction!r}")
+
+
+def _rows_pass(
+    logits: Tensor,
+    targets: Tensor,
+    ignore_index: int,
+    losses: Tensor,
+    gradient: Tensor | None = None,
+    scale: float = 1.0,
+    scales: Tensor | None = None,
+) -> float:
+    """The loss of each row, its gradient times `scale` and `scales`; returns the losses' sum."""
+    return _native.cross_entropy(
+        logits.data_ptr(),
+        _NATIVE_DTYPES[logits.dtype],
+        logits.shape[0],
+        logits.shape[1],
+        logits.stride(0),
+        targets.data_ptr(),
+        ignore_index,
+        losses.data_ptr(),
+        0 if gradient is None else gradient.data_ptr(),
+        0 if gradient is None else gradient.stride(0),
+        scale,
+        0 if scales is None else scales.data_ptr(),
+    )
+
+
+def _cross_entropy_pass(
+    logits: Tensor, targets: Tensor, ignore_index: int, reduction: str, gradient: Tensor | None
+) -> Tensor:
+    """The reduced loss; its gradient goes to `gradient`, which may be the logits themselves."""
+    targets, losses = targets.contiguous(), torch.empty(logits.shape[0])
+    count = _native.count_targets(targets.data_ptr(), len(targets), logits.shape[1], ignore_index)
+    divisor = count if reduction == "mean" else 1
+    scale = 1.0 / max(divisor, 1)
+    total = _rows_pass(logits, targets, ignore_index, losses, gradient, scale)
+    return losses if reduction == "none" else _quotient(total, divisor)
+
+
+def _quotient(total: float, divisor: int) -> Tensor:
+    return torch.tensor(total / divisor if divisor else math.nan)
+
+
+class _InplaceCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, ignore: int, reduction: str) -> Tensor:
+        gradient = logits.detach()
+        gradient = gradient if gradient.stride(1) == 1 else gradient.contiguous()
+        loss = _cross_entropy_pass(gradient, targets, ignore, reduction, gradient)
+        torch.autograd.graph.increment_version(logits)
+        ctx.save_for_backward(gradient)
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return _times(gradient, grad), None, None, None
+
+
+def _times(gradient: Tensor, grad: Tensor) -> Tensor:
+    """gradient * grad, without a pass over it in the common case of a loss that is the root."""
+    traced = type(grad) is not Tensor
+    if not traced and grad.device.type == "cpu" and float(grad) == 1.0:
+        return gradient
+    return gradient * grad
+
+
+_library.define(  # type: ignore[no-untyped-call]
+    "cross_entropy(Tensor logits, Tensor targets, int ignore_index, str reduction, "
+    "bool with_gradient) -> (Tensor, Tensor)"
+)
+_library.define(  # type: ignore[no-untyped-call]
+    "cross_entropy_backward(Tensor grad, Tensor logits, Tensor targets, int ignore_index) -> Tensor"
+)
+
+
+@torch.library.impl(_library, "cross_entropy", "CPU")
+def _cross_entropy_native(
+    logits: Tensor, targets: Tensor, ignore_index: int, reduction: str, with_gradient: bool
+) -> tuple[Tensor, Tensor]:
+    """The loss and, if wanted, its gradient (else an empty tensor)."""
+    logits = logits if logits.stride(1) == 1 else logits.contiguous()
+    gradient = logits.new_empty(logits.shape if with_gradient else (0, 0))
+    wanted = gradient if with_gradient else None
+    return _cross_entropy_pass(logits, targets, ignore_index, reduction, wanted), gradient
+
+
+@torch.library.register_fake("pygpt::cross_entropy", lib=_library)  # type: ignore[untyped-decorator]
+def _cross_entropy_fake(
+    logits: Tensor, targets: Tensor, ignore_index: int, reduction: str, with_gradient: bool
+) -> tuple[Tensor, Tensor]:
+    loss = logits.new_empty(targets.shape if reduction == "none" else (), dtype=torch.float32)
+    return loss, logits.new_empty(logits.shape if with_gradient else (0, 0))
+
+
+@torch.library.impl(_library, "cross_entropy_backward", "CPU")
+def _cross_entropy_backward_native(
+    grad: Tensor, logits: Tensor, targets: Tensor, ignore_index: int
+) -> Tensor:
+    """The logits' gradient, for `grad` of each row's loss."""
+    logits = logits if logits.stride(1) == 1 else logits.contiguous()
+    gradient = logits.new_empty(logits.shape)
+    losses = torch.empty(logits.shape[0])
+    _rows_pass(logits, targets.contiguous(), ignore_index, losses, gradient, 1.0, grad.contiguous())
+    return gradient
+
+
+@torch.library.register_fake("pygpt::cross_entropy_backward", lib=_library)  # type: ignore[untyped-decorator]
+def _cross_entropy_backward_fake(
+    grad: Tensor, logits: Tensor, targets: Tensor, ignore_index: int
+) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
+def _cross_entropy_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    logits, targets, ctx.ignore_index, ctx.reduction, _ = inputs
+    ctx.set_materialize_grads(False)
+    if ctx.reduction == "none":
+        ctx.save_for_backward(logits, targets)
+    else:
+        ctx.save_for_backward(output[1])
+
+
+def _cross_entropy_grad(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    if ctx.reduction == "none":
+        gradient = torch.ops.pygpt.cross_entropy_backward(
+            grad, *ctx.saved_tensors, ctx.ignore_index
+        )
+    else:
+        gradient = _times(ctx.saved_tensors[0], grad)
+    return gradient, None, None, None, None
+
+
+torch.library.register_autograd(
+    "pygpt::cross_entropy", _cross_entropy_grad, setup_context=_cross_entropy_save, lib=_library
+)
+
+_library.define(  # type: ignore[no-untyped-call]
+    "linear_cross_entropy(Tensor x, Tensor weight, Tensor? bias, Tensor targets, int ignore_index, "
+    "str reduction, ScalarType dtype, bool[] needed) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+_library.define(  # type: ignore[no-untyped-call]
+    "linear_cross_entropy_backward(Tensor grad, Tensor x, Tensor weight, Tensor? bias, "
+    "Tensor targets, int ignore_index, ScalarType dtype, bool[] needed) "
+    "-> (Tensor, Tensor, Tensor)"
+)
+
+
+def _linear_cross_entropy_pass(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    ignore_index: int,
+    reduction: str,
+    dtype: torch.dtype,
+    wanted: list[bool],
+    scales: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The loss, and the wanted ones among the gradients of x, weight and bias."""
+    (rows, width), vocab = x.shape, weight.shape[0]
+    targets = targets.contiguous()
+    count = _native.count_targets(targets.data_ptr(), rows, vocab, ignore_index)
+    divisor = count if reduction == "mean" else 1
+    dx = x.new_empty(x.shape if wanted[0] else (0,))
+    dweight = weight.new_empty(weight.shape if wanted[1] else (0,))
+    dbias = weight.new_zeros(vocab if wanted[2] else 0)
+    losses, total = torch.empty(rows), 0.0
+    half_x, half_weight = x.to(dtype), weight.to(dtype)
+    half_bias = None if bias is None else bias.to(dtype)
+    chunks = -(-rows * vocab * half_x.element_size() // _LOGITS_BYTES) or 1
+    chunk = -(-rows // chunks)
+    buffer = half_x.new_empty(chunk, vocab)
+    # 16-bit gradients of a float32 weight are added up in float32, a cache-sized slice at a time.
+    slice_rows = vocab if dtype == weight.dtype else max(1, (1 << 21) // width)
+    part = half_x.new_empty(0 if slice_rows == vocab else slice_rows, width)
+    for start in range(0, rows, chunk):
+        piece = slice(start, min(start + chunk, rows))
+        logits, x_piece = buffer[: piece.stop - start], half_x[piece]
+        if half_bias is None:
+            torch.mm(x_piece, half_weight.t(), out=logits)
+        else:
+            torch.addmm(half_bias, x_piece, half_weight.t(), out=logits)
+        total += _rows_pass(
+            logits,
+            targets[piece],
+            ignore_index,
+            losses[piece],
+            logits if any(wanted) else None,
+            1.0 / max(divisor, 1),
+            None if scales is None else scales[piece],
+        )
+        if wanted[0] and dtype == x.dtype:
+            torch.mm(logits, half_weight, out=dx[piece])
+        elif wanted[0]:
+            dx[piece] = torch.mm(logits, half_weight)
+        if wanted[1] and dtype == weight.dtype:
+            dweight.addmm_(logits.t(), x_piece, beta=1.0 if start else 0.0)
+        elif wanted[1]:
+            for low in range(0, vocab, slice_rows):
+                words = slice(low, min(low + slice_rows, vocab))
+                product = torch.mm(logits[:, words].t(), x_piece, out=part[: words.stop - low])
+                dweight[words].add_(product) if start else dweight[words].copy_(product)
+        if wanted[2]:
+            dbias += logits.sum(0, dtype=dbias.dtype)
+    loss = losses if reduction == "none" else _quotient(total, divisor)
+    return loss, dx, dweight, dbias
+
+
+@torch.library.impl(_library, "linear_cross_entropy", "CPU")
+def _linear_cross_entropy_native(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    ignore_index: int,
+    reduction: str,
+    dtype: torch.dtype,
+    needed: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The loss and, unless reduction is "none", its gradients where needed (else empty tensors)."""
+    wanted = [reduction != "none" and need for need in needed]
+    return _linear_cross_entropy_pass(
+        x, weight, bias, targets, ignore_index, reduction, dtype, wanted
+    )
+
+
+@torch.library.register_fake("pygpt::linear_cross_entropy", lib=_library)  # type: ignore[untyped-decorator]
+def _linear_cross_entropy_fake(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    ignore_index: int,
+    reduction: str,
+    dtype: torch.dtype,
+    needed: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    wanted = [reduction != "none" and need for need in needed]
+    return (
+        x.new_empty(targets.shape if reduction == "none" else (), dtype=torch.float32),
+        x.new_empty(x.shape if wanted[0] else (0,)),
+        weight.new_empty(weight.shape if wanted[1] else (0,)),
+        weight.new_empty(weight.shape[0] if wanted[2] else 0),
+    )
+
+
+@torch.library.impl(_library, "linear_cross_entropy_backward", "CPU")
+def _linear_cross_entropy_backward_native(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    ignore_index: int,
+    dtype: torch.dtype,
+    needed: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients, for `grad` of each row's loss."""
+    return _linear_cross_entropy_pass(
+        x, weight, bias, targets, ignore_index, "none", dtype, needed, grad.contiguous()
+    )[1:]
+
+
+@torch.library.register_fake("pygpt::linear_cross_entropy_backward", lib=_library)  # type: ignore[untyped-decorator]
+def _linear_cross_entropy_backward_fake(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    ignore_index: int,
+    dtype: torch.dtype,
+    needed: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _linear_cross_entropy_fake(  # type: ignore[no-any-return]
+        x, weight, bias, targets, ignore_index, "sum", dtype, needed
+    )[1:]
+
+
+def _linear_cross_entropy_save(
+    ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
+) -> None:
+    x, weight, bias, targets, ctx.ignore_index, ctx.reduction, ctx.dtype, ctx.needed = inputs
+    ctx.set_materialize_grads(False)
+    if ctx.reduction == "none":
+        ctx.save_for_backward(x, weight, bias, targets)
+    else:
+        ctx.save_for_backward(*output[1:])
+
+
+def _linear_cross_entropy_grad(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+    if ctx.reduction == "none":
+        gradients = torch.ops.pygpt.linear_cross_entropy_backward(
+            grad, *ctx.saved_tensors, ctx.ignore_index, ctx.dtype, ctx.needed
+        )
+    else:
+        gradients = [
+            _times(gradient, grad) if need else gradient
+            for gradient, need in zip(ctx.saved_tensors, ctx.needed, strict=True)
+        ]
+    dx, dweight, dbias = (
+        gradient if need else None for gradient, need in zip(gradients, ctx.needed, strict=True)
+    )
+    return dx, dweight, dbias, None, None, None, None, None
+
+
+torch.library.register_autograd(
+    "pygpt::linear_cross_entropy",
+    _linear_cross_entropy_grad,
+    setup_context=_linear_cross_entropy_save,
+    lib=_library,
+)

@@ -94,6 +94,20 @@ def sample(
     return torch.tensor(tokens, dtype=torch.int64, device=logits.device)
 
 
+# --- cross-entropy ------------------------------------------------------------------
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int, reduction: str) -> Tensor:
+    """Cross-entropy in float64, row by row of the definition; differentiable."""
+    counts = targets != ignore_index
+    logits = logits.double()
+    chosen = logits.gather(1, targets.where(counts, 0)[:, None])[:, 0]
+    losses = torch.where(counts, logits.logsumexp(1) - chosen, 0.0)
+    if reduction == "none":
+        return losses
+    return losses.sum() / counts.sum() if reduction == "mean" else losses.sum()
+
+
 # --- byte-pair encoding -------------------------------------------------------------
 
 

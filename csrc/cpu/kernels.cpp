@@ -7,11 +7,13 @@
 namespace pygpt::PYGPT_ISA_NAMESPACE {
 
 void sample(const SampleArgs&);
+void cross_entropy(const CrossEntropyArgs&);
 
 extern const CpuKernels kernels;
 const CpuKernels kernels = {
     .name = PYGPT_NAME(PYGPT_ISA_NAMESPACE),
     .sample = sample,
+    .cross_entropy = cross_entropy,
 };
 
 }  // namespace pygpt::PYGPT_ISA_NAMESPACE

@@ -30,9 +30,23 @@ struct SampleArgs {
   int64_t* tokens;  // (rows); -1 where a row has NaN, +inf, or no finite logit
 };
 
+struct CrossEntropyArgs {
+  const void* logits;  // (rows, vocab)
+  DType dtype;
+  int64_t rows, vocab, logits_stride;
+  const int64_t* targets;  // (rows), each ignore_index or in [0, vocab)
+  int64_t ignore_index;
+  float* losses;   // (rows); 0 where ignored
+  void* gradient;  // (rows, vocab) of dtype; may be the logits' own memory; null: none
+  int64_t gradient_stride;
+  float scale;          // multiplies every row's gradient,
+  const float* scales;  // (rows) and so does the row's own, where given
+};
+
 struct CpuKernels {
   const char* name;
   void (*sample)(const SampleArgs&);
+  void (*cross_entropy)(const CrossEntropyArgs&);
 };
 
 }  // namespace pygpt
