@@ -227,9 +227,8 @@ class GPT(nn.Module):
                 f"ids and targets must have equal shapes, "
                 f"got {tuple(ids.shape)} and {tuple(targets.shape)}"
             )
-        x = self.hidden(ids, document_ids=document_ids)
-        logits = F.linear(x.flatten(0, 1), self.head_weight)
-        loss = F.cross_entropy(logits, targets.flatten(), reduction=reduction)
+        x = self.hidden(ids, document_ids=document_ids).flatten(0, 1)
+        loss = ops.linear_cross_entropy(x, self.head_weight, targets.flatten(), reduction=reduction)
         return loss.view_as(targets) if reduction == "none" else loss
 
     def _check(self, ids: Tensor, cache: KVCache | None, document_ids: Tensor | None) -> None:
