@@ -25,9 +25,8 @@ def sample(
     arg10: int,
     arg11: int,
     arg12: int,
-    /,
 ) -> None: ...
-def count_targets(arg0: int, arg1: int, arg2: int, arg3: int, /) -> int: ...
+def count_targets(arg0: int, arg1: int, arg2: int, arg3: int) -> int: ...
 def cross_entropy(
     arg0: int,
     arg1: int,
@@ -41,7 +40,6 @@ def cross_entropy(
     arg9: int,
     arg10: float,
     arg11: int,
-    /,
 ) -> float: ...
 
 _SpecialChoice = Literal[True] | list[tuple[str, int]] | None
