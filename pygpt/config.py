@@ -40,6 +40,7 @@ class GPTConfig:
     drop_rate: float = 0.1
     qkv_bias: bool = False
     tie_weights: bool = False
+    exact_gelu: bool = False  # by erf, as nanoGPT trains, in place of GPT-2's tanh approximation
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "context_length", "emb_dim", "n_heads", "n_layers"):

@@ -117,15 +117,16 @@ class MultiHeadAttention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Two linear layers, four times as wide between, with GPT-2's (and the book's) tanh GELU."""
+    """Two linear layers, four times as wide between; the GELU of GPT-2 and the book is tanh's."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.up = nn.Linear(config.emb_dim, 4 * config.emb_dim)
         self.down = nn.Linear(4 * config.emb_dim, config.emb_dim)
+        self.approximate = "none" if config.exact_gelu else "tanh"
 
     def forward(self, x: Tensor) -> Tensor:  # (B, T, C) -> (B, T, C)
-        return self.down(F.gelu(self.up(x), approximate="tanh"))  # type: ignore[no-any-return]
+        return self.down(F.gelu(self.up(x), approximate=self.approximate))  # type: ignore[no-any-return]
 
 
 class Block(nn.Module):

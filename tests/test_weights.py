@@ -212,7 +212,7 @@ def test_things_that_are_not_weights_are_named(folder: Path, tmp_path: Path) -> 
     refused(folder, f"{path} does not exist", FileNotFoundError)
     refused(tmp_path / "no where", "no where does not exist", FileNotFoundError)
     (tmp_path / "weights.pt").write_bytes(b"PK")
-    refused(tmp_path / "weights.pt", "not a model folder or a safetensors file")
+    refused(tmp_path / "weights.pt", "no checkpoint of a format that pygpt knows")
 
 
 @pytest.mark.parametrize(

@@ -2,38 +2,155 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from pygpt.config import GPTConfig
-from pygpt.errors import DataError
-from pygpt.weights import hub, huggingface
-from pygpt.weights.files import refuse_stand_ins
+from pygpt.errors import DataError, UsageError
+from pygpt.weights import gguf, hub, huggingface, llmc, openai, pickled
+from pygpt.weights.files import refuse_stand_ins, write_safetensors, write_whole
 from pygpt.weights.layout import Checkpoint, LazyTensor
 
 END_OF_TEXT = "<|endoftext|>"
+_DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
 
 def load(source: str | os.PathLike[str], *, revision: str | None = None) -> Checkpoint:
     """The model in a folder or safetensors file, or of a name on the Hugging Face hub.
 
     A folder that holds a `model` folder (a training run) gives that. Nothing but names and shapes
-    is read until `Checkpoint.load`. Raises FileNotFoundError or DataError, naming the file.
+    is read until `Checkpoint.load`. Pickled files are left to `convert`. Raises FileNotFoundError
+    or DataError, naming the file.
     """
     path = Path(source)
     if not path.exists():
         path = hub.download(str(source), revision)
     if path.is_dir():
         inner = path / "model"
-        return huggingface.read(inner if (inner / huggingface.CONFIG).is_file() else path)
+        if (inner / huggingface.CONFIG).is_file():
+            path = inner
+        if (path / "hparams.json").is_file() and not (path / huggingface.CONFIG).is_file():
+            return openai.read(path)
+        return huggingface.read(path)
     if path.suffix == ".safetensors":
         return huggingface.read(path.parent, path)
     refuse_stand_ins(path)
-    raise DataError(f"{path} is not a model folder or a safetensors file")
+    with path.open("rb") as file:
+        head = file.read(4)
+    if head == llmc.MAGIC.to_bytes(4, "little"):
+        return llmc.read(path)
+    if head == b"GGUF":
+        raise DataError(f"{path} is a GGUF file, which pygpt writes but does not read")
+    if _is_pickled(path):
+        raise DataError(f"{path} is a pickled file; bring it in with `pygpt convert {path} FOLDER`")
+    raise DataError(f"{path} is no checkpoint of a format that pygpt knows")
+
+
+def convert(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    *,
+    dtype: str | None = None,
+    n_heads: int | None = None,
+    lora_scale: float | None = None,
+    revision: str | None = None,
+) -> str:
+    """Read a checkpoint of any format and write it as a model folder, or as GGUF; says what it did.
+
+    The format of `source` is told by its content; `target` is GGUF where its name ends so. `dtype`
+    is f32, f16 or bf16, and for GGUF also q8_0; by default the folder keeps what the file holds and
+    GGUF is f32. `n_heads` and `lora_scale` say what a bare state dict does not (see `pickled`).
+    """
+    checkpoint = _load_any(source, revision, n_heads, lora_scale)
+    target = Path(target)
+    known = gguf.TYPES if target.suffix == ".gguf" else _DTYPES
+    if dtype is not None and dtype not in known:
+        raise UsageError(f"dtype must be one of {', '.join(known)}, got {dtype!r}")
+    folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
+    tokenizer = folder / "tokenizer.json"
+    if target.suffix == ".gguf":
+        kind = dtype or "f32"
+        gguf.write(target, checkpoint, kind, tokenizer if tokenizer.is_file() else None)
+    else:
+        tensors = checkpoint.tensors
+        if dtype is not None:
+            tensors = {name: t.cast(_DTYPES[dtype]) for name, t in tensors.items()}
+        huggingface.write(target, checkpoint.config, tensors)
+        if checkpoint.classifier is not None:
+            write_safetensors(target / "head.safetensors", checkpoint.classifier)
+            labels = [str(n) for n in range(checkpoint.classifier["bias"].numel)]
+            write_whole(target / "labels.json", [json.dumps(labels).encode()])
+        kind = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+        for name in (tokenizer.name, "tokenizer_config.json"):
+            if (folder / name).is_file() and folder.resolve() != target.resolve():
+                shutil.copyfile(folder / name, target / name)
+    count = sum(tensor.numel for tensor in checkpoint.tensors.values())
+    words = "with its tokenizer" if tokenizer.is_file() else "without a tokenizer"
+    written = "GGUF" if target.suffix == ".gguf" else "Hugging Face"
+    return (
+        f"read {checkpoint.path} ({checkpoint.format}, {count:,} parameters), "
+        f"wrote {target} ({written}, {kind}, {words})"
+    )
+
+
+def describe(
+    source: str | os.PathLike[str],
+    *,
+    n_heads: int | None = None,
+    lora_scale: float | None = None,
+    revision: str | None = None,
+) -> dict[str, Any]:
+    """What a checkpoint holds and needs: format, configuration, parameters, dtype, bytes.
+
+    Inference is the weights and the cache of one sequence of full length; training is weights,
+    gradients and AdamW's two moments in float32, without activations.
+    """
+    checkpoint = _load_any(source, revision, n_heads, lora_scale)
+    config, tensors = checkpoint.config, checkpoint.tensors.values()
+    count, size = sum(t.numel for t in tensors), sum(t.numel * t.dtype.itemsize for t in tensors)
+    dtypes = sorted({str(t.dtype).removeprefix("torch.") for t in tensors})
+    width = max(t.dtype.itemsize for t in tensors)
+    return {
+        "path": str(checkpoint.path),
+        "format": checkpoint.format,
+        "architecture": "gpt2",
+        **config.to_dict(),
+        "parameters": count,
+        "dtype": " and ".join(dtypes),
+        "weight_bytes": size,
+        "inference_bytes": size
+        + 2 * config.n_layers * config.context_length * config.emb_dim * width,
+        "training_bytes": 16 * count,
+    }
+
+
+def _load_any(
+    source: str | os.PathLike[str],
+    revision: str | None,
+    n_heads: int | None,
+    lora_scale: float | None,
+) -> Checkpoint:
+    path = Path(source)
+    only_pickled = path / "pytorch_model.bin"
+    if only_pickled.is_file() and not any(path.glob("model*.safetensors")):
+        path = only_pickled
+    if path.is_file() and _is_pickled(path):
+        return pickled.read(path, n_heads=n_heads, lora_scale=lora_scale)
+    return load(source, revision=revision)
+
+
+def _is_pickled(path: Path) -> bool:
+    """Whether a file is a zip archive or bare pickle, as torch.save writes them."""
+    with path.open("rb") as file:
+        head = file.read(4)
+    return head == b"PK\x03\x04" or (head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x04"))
 
 
 def save(

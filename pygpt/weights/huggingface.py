@@ -80,13 +80,14 @@ def config_from_json(raw: Mapping[str, Any], path: Path) -> GPTConfig:
             drop_rate=raw.get("resid_pdrop", 0.1),
             qkv_bias=raw.get("pygpt", {}).get("qkv_bias", True),
             tie_weights=raw.get("tie_word_embeddings", True),
+            exact_gelu=raw.get("activation_function") == "gelu",
         )
     except KeyError as missing:
         raise DataError(f"{path}: the key {missing} is missing") from None
     except (TypeError, ValueError, AttributeError) as error:
         raise DataError(f"{path}: {error}") from None
     demands = {
-        "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+        "activation_function": ("gelu_new", "gelu_pytorch_tanh", "gelu"),
         "layer_norm_epsilon": (1e-5,),
         "n_inner": (None, 4 * config.emb_dim),
         "scale_attn_weights": (True,),
@@ -95,7 +96,8 @@ def config_from_json(raw: Mapping[str, Any], path: Path) -> GPTConfig:
     }
     for key, allowed in demands.items():
         if raw.get(key, allowed[0]) not in allowed:
-            raise DataError(f"{path}: {key} is {raw[key]!r}, pygpt's GPT has {allowed[-1]!r}")
+            known = " or ".join(map(repr, allowed))
+            raise DataError(f"{path}: {key} is {raw[key]!r}, pygpt's GPT has {known}")
     return config
 
 
@@ -109,7 +111,7 @@ def config_to_json(config: GPTConfig, dtype: torch.dtype, eos_id: int | None) ->
         "n_embd": config.emb_dim,
         "n_head": config.n_heads,
         "n_layer": config.n_layers,
-        "activation_function": "gelu_new",
+        "activation_function": "gelu" if config.exact_gelu else "gelu_new",
         "layer_norm_epsilon": 1e-5,
         "resid_pdrop": config.drop_rate,
         "embd_pdrop": config.drop_rate,

@@ -38,6 +38,10 @@ class LazyTensor:
         """The same matrix with rows and columns exchanged."""
         return LazyTensor(self.shape[::-1], self.dtype, lambda: self.read().T)
 
+    def cast(self, dtype: torch.dtype) -> LazyTensor:
+        """The same tensor in another dtype."""
+        return LazyTensor(self.shape, dtype, lambda: self.read().to(dtype))
+
     @property
     def numel(self) -> int:
         """Number of elements."""
@@ -70,12 +74,16 @@ class Rule:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model in a file: its format, configuration and tensors under our names."""
+    """A model in a file: its format, configuration and tensors under our names.
+
+    `classifier` holds the weight and bias of the book's classification head, where there is one.
+    """
 
     path: Path
     format: str
     config: GPTConfig
     tensors: Mapping[str, LazyTensor]
+    classifier: Mapping[str, LazyTensor] | None = None
 
     def load(
         self, dtype: torch.dtype | None = None, device: torch.device | str | None = None
@@ -142,6 +150,8 @@ def adopt(
     Names that match the pattern `ignore` whole may be left over. Everything that is missing, left
     over or of another shape is named in one DataError.
     """
+    if config.n_layers > len(source):  # before a damaged number makes a giant table
+        raise DataError(f"{path}: {len(source)} tensors cannot hold {config.n_layers} layers")
     wanted, known = shapes(config), set[str]()
     result: dict[str, LazyTensor] = {}
     missing: list[str] = []
