@@ -15,11 +15,12 @@ _PUBLIC = {
     "Run": "training",
     "Tokenizer": "tokenizer",
     "TrainConfig": "config",
+    "evaluate": "evaluation",
     "pretrain": "training",
     "generate": "generation",
     "stream": "generation",
 }
-_ROOMS = ("data", "ops", "reference")
+_ROOMS = ("data", "finetune", "ops", "reference")
 
 __all__ = ["__version__", *_PUBLIC, *_ROOMS]
 

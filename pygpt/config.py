@@ -155,6 +155,27 @@ class TrainConfig:
         return dataclasses.asdict(self)
 
 
+@dataclass(frozen=True)
+class LoRAConfig:
+    """Which linear layers learn a low-rank addition to their weights, scaled by alpha / rank.
+
+    Layers by name: `qkv`, `out`, `up` and `down` are the blocks', `head` a classifier's (which
+    learns as a whole where it is not named), `out_head` an untied output matrix.
+    """
+
+    rank: int = 16
+    alpha: float = 16.0
+    targets: tuple[str, ...] = ("qkv", "out", "up", "down")
+
+    def __post_init__(self) -> None:
+        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
+            raise ValueError(f"rank must be a positive integer, got {self.rank!r}")
+        if not 0.0 < self.alpha < float("inf"):
+            raise ValueError(f"alpha must be a finite number above 0, got {self.alpha!r}")
+        if not self.targets:
+            raise ValueError("targets names no layer, so nothing would learn")
+
+
 def _from_dict(cls: type[T], values: Mapping[str, Any]) -> T:
     names = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
     for key in values:

@@ -28,7 +28,7 @@ def data_folder() -> Path:
     return folder
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
     """Threads gain nothing on tiny matrices, and lose much on a busy machine."""
     threads = torch.get_num_threads()

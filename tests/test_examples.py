@@ -1,0 +1,54 @@
+"""Every script in examples/ runs as a user would run it, on something small."""
+
+from __future__ import annotations
+
+import json
+import runpy
+from pathlib import Path
+
+import pytest
+
+from pygpt import GPT, GPTConfig, Tokenizer
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def run(monkeypatch, name: str, *arguments: object) -> None:
+    """The script as `python examples/NAME ARGUMENTS`."""
+    path = EXAMPLES / name
+    assert len(path.read_text().splitlines()) < 40
+    monkeypatch.setattr("sys.argv", [str(path), *map(str, arguments)])
+    runpy.run_path(str(path), run_name="__main__")
+
+
+@pytest.fixture
+def model_folder(tmp_path):
+    """A small fresh model with bytes as tokens."""
+    ranks = {bytes([i]): i for i in range(256)}
+    tok = Tokenizer(
+        "bytes", pat_str="gpt2", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 256}
+    )
+    shape = {"emb_dim": 16, "n_heads": 2, "n_layers": 1, "drop_rate": 0.0}
+    GPT(GPTConfig(vocab_size=257, context_length=256, **shape)).save_pretrained(
+        tmp_path / "model", tok
+    )
+    return tmp_path / "model"
+
+
+def test_classify(monkeypatch, capsys, tmp_path, model_folder):
+    rows = [f"{'spam,win' if i % 2 else 'ham,see you'} {i}\n" for i in range(40)]
+    (tmp_path / "a.csv").write_text("label,text\n" + "".join(rows))
+    run(monkeypatch, "classify.py", model_folder, tmp_path / "a.csv", tmp_path / "run", 2)
+    said = capsys.readouterr().out
+    assert "right on validation texts" in said and "majority class 50.0%" in said
+    assert (tmp_path / "run" / "report.json").exists()
+
+
+def test_instruct(monkeypatch, capsys, tmp_path, model_folder):
+    rows = [{"instruction": f"Say {i}", "input": "", "output": f"{i}"} for i in range(40)]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    run(monkeypatch, "instruct.py", model_folder, tmp_path / "a.json", tmp_path / "run", 2)
+    said = capsys.readouterr().out
+    assert "validation loss" in said and "'tasks': 4" in said
+    assert (tmp_path / "run" / "model" / "template.json").exists()
