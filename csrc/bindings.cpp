@@ -100,6 +100,61 @@ void bind_cross_entropy(py::module_& m) {
   });
 }
 
+using AttentionShape = std::array<int64_t, 6>;    // batch, queries, keys, heads, kv_heads, dim
+using AttentionPlace = std::array<uintptr_t, 4>;  // address and strides of batch, row, head
+
+AttentionArgs attention_args(int dtype, const AttentionShape& shape, double scale, int64_t window,
+                             uintptr_t document_ids, uintptr_t kv_lengths) {
+  const auto [batch, queries, keys, heads, kv_heads, dim] = shape;
+  AttentionArgs a{};
+  a.dtype = static_cast<DType>(dtype);
+  a.batch = batch;
+  a.queries = queries;
+  a.keys = keys;
+  a.heads = heads;
+  a.kv_heads = kv_heads;
+  a.dim = dim;
+  a.scale = static_cast<float>(scale);
+  a.window = window;
+  a.document_ids = pointer<int32_t>(document_ids);
+  a.kv_lengths = pointer<int32_t>(kv_lengths);
+  return a;
+}
+
+AttentionTensor attention_tensor(const AttentionPlace& place) {
+  if (!place[0]) throw std::invalid_argument("attention was given a tensor without memory");
+  return {pointer<void>(place[0]), static_cast<int64_t>(place[1]), static_cast<int64_t>(place[2]),
+          static_cast<int64_t>(place[3])};
+}
+
+void bind_attention(py::module_& m) {
+  m.def("attention_forward",
+        [](int dtype, const AttentionShape& shape, double scale, int64_t window,
+           uintptr_t document_ids, uintptr_t kv_lengths, double dropout_p, uintptr_t seed,
+           const AttentionPlace& q, const AttentionPlace& k, const AttentionPlace& v,
+           const AttentionPlace& out, uintptr_t lse) {
+          AttentionArgs a = attention_args(dtype, shape, scale, window, document_ids, kv_lengths);
+          a.q = attention_tensor(q);
+          a.k = attention_tensor(k);
+          a.v = attention_tensor(v);
+          a.out = attention_tensor(out);
+          a.lse = pointer<float>(lse);
+          const py::gil_scoped_release release;
+          cpu_kernels().attention_forward(a);
+        });
+  m.def("attention_backward",
+        [](int dtype, const AttentionShape& shape, double scale, int64_t window,
+           uintptr_t document_ids, uintptr_t kv_lengths, double dropout_p, uintptr_t seed,
+           const std::array<AttentionPlace, 8>& tensors, uintptr_t lse) {
+          AttentionArgs a = attention_args(dtype, shape, scale, window, document_ids, kv_lengths);
+          AttentionTensor* const slots[] = {&a.q, &a.k, &a.v, &a.out, &a.dout, &a.dq, &a.dk, &a.dv};
+          for (int i = 0; i < 8; ++i) *slots[i] = attention_tensor(tensors[i]);
+          a.lse = pointer<float>(lse);
+          const py::gil_scoped_release release;
+          cpu_kernels().attention_backward(a);
+        });
+}
+
 void translate(std::exception_ptr error) {
   try {
     if (error) std::rethrow_exception(error);
@@ -121,6 +176,7 @@ PYBIND11_MODULE(_native, m) {
   current_isa();  // an unknown PYGPT_ISA is an error here, not at the first call
   bind_machine(m);
   bind_tokenizer(m);
+  bind_attention(m);
   bind_sample(m);
   bind_cross_entropy(m);
 }

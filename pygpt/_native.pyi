@@ -11,6 +11,33 @@ def available_isas() -> list[str]: ...
 def set_torch_threads(arg0: int, arg1: int) -> None: ...
 def num_threads() -> int: ...
 def cuda_info() -> dict[str, Any]: ...
+def attention_forward(
+    arg0: int,
+    arg1: tuple[int, int, int, int, int, int],
+    arg2: float,
+    arg3: int,
+    arg4: int,
+    arg5: int,
+    arg6: float,
+    arg7: int,
+    arg8: tuple[int, int, int, int],
+    arg9: tuple[int, int, int, int],
+    arg10: tuple[int, int, int, int],
+    arg11: tuple[int, int, int, int],
+    arg12: int,
+) -> None: ...
+def attention_backward(
+    arg0: int,
+    arg1: tuple[int, int, int, int, int, int],
+    arg2: float,
+    arg3: int,
+    arg4: int,
+    arg5: int,
+    arg6: float,
+    arg7: int,
+    arg8: list[tuple[int, int, int, int]],
+    arg9: int,
+) -> None: ...
 def sample(
     arg0: int,
     arg1: int,

@@ -58,7 +58,7 @@ _library = torch.library.Library("pygpt", "DEF")  # type: ignore[no-untyped-call
 _NATIVE_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
-def _resolve(impl: Impl, *, native: bool) -> Impl:
+def _resolve(impl: Impl, *, native: bool, tensors: str = "these tensors") -> Impl:
     """The backend of a call: `native` says whether a kernel exists for its tensors."""
     if impl not in get_args(Impl):
         raise ValueError(f"impl must be one of {', '.join(get_args(Impl))}, got {impl!r}")
@@ -67,8 +67,33 @@ def _resolve(impl: Impl, *, native: bool) -> Impl:
     if impl == "auto":
         return "native" if native else "torch"
     if impl == "native" and not native:
-        raise ValueError("impl='native' has no kernel for these tensors; use impl='auto'")
+        raise ValueError(f"impl='native' has no kernel for {tensors}; use impl='auto'")
     return impl
+
+
+def chosen_backend(
+    op: str, device: torch.device | str, dtype: torch.dtype, head_dim: int | None = None
+) -> tuple[str, str]:
+    """The backend that `impl="auto"` takes for an op now, and why; for headers and `doctor`.
+
+    `op` is the name of a function here; `head_dim` matters to "causal_attention".
+
+    >>> chosen_backend("causal_attention", "cpu", torch.float64, 64)
+    ('torch', 'no native kernel for torch.float64')
+    """
+    device = torch.device(device)
+    if op == "causal_attention":
+        why_not = _why_not_native_attention(device, dtype, 64 if head_dim is None else head_dim)
+    elif op in ("sample", "cross_entropy", "linear_cross_entropy"):
+        why_not = f"{dtype}" if dtype not in _NATIVE_DTYPES else ""
+        why_not = why_not if device.type == "cpu" else f"{device.type} tensors"
+    else:
+        raise ValueError(f"op must name an op of pygpt.ops, got {op!r}")
+    if _backend != "auto":
+        return _backend, "asked for by ops.backend"
+    if why_not:
+        return "torch", f"no native kernel for {why_not}"
+    return "native", f"{_native.isa()} kernels"
 
 
 # --- causal attention ---------------------------------------------------------------
@@ -80,36 +105,298 @@ def causal_attention(
     v: Tensor,
     *,
     scale: float | None = None,
+    window: int | None = None,
     document_ids: Tensor | None = None,
     kv_lengths: Tensor | None = None,
     dropout_p: float = 0.0,
+    seed: Tensor | None = None,
     impl: Impl = "auto",
 ) -> Tensor:
     """softmax(q k^T * scale) v where query i sees keys j <= i + (S - T).
 
-    q (B, T, H, D); k and v (B, S, H_kv, D) with H a multiple of H_kv; returns (B, T, H, D).
+    q (B, T, H, D); k and v (B, S, H_kv, D) with S >= T and H a multiple of H_kv; returns
+    (B, T, H, D). Any strides pass without a copy while the last dimension is contiguous.
+
+    `scale` is 1 / sqrt(D) by default. Of the keys before it a query sees the last `window`, itself
+    included, and those of its own document: `document_ids`, (B, S) int32, never decreases along a
+    row. With `kv_lengths`, (B,) int32, row b has that many keys and its last query is the last of
+    them. A query that sees no key gives zeros.
+
+    `dropout_p` drops weights by Philox words keyed with `seed`, a one-element int64 tensor drawn
+    from torch's generator by default; the "torch" backend draws for itself.
+
+    Native on the CPU for float32, bfloat16 and float16 and D a multiple of 8 up to 256. It can be
+    differentiated once.
+
+    >>> q = k = v = torch.eye(8).reshape(1, 8, 1, 8)
+    >>> causal_attention(q, k, v)[0, 1, 0, :3]
+    tensor([0.4126, 0.5874, 0.0000])
     """
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    t, s = q.shape[2], k.shape[2]
-    mask = None
-    if kv_lengths is not None:
-        last = kv_lengths[:, None] - t + torch.arange(t, device=q.device)
-        mask = (torch.arange(s, device=q.device) <= last[..., None])[:, None]
-    elif s != t or document_ids is not None:
-        mask = torch.ones(t, s, dtype=torch.bool, device=q.device).tril(s - t)
-    if document_ids is not None and mask is not None:
-        mask = mask & (document_ids[:, None, :, None] == document_ids[:, None, None, :])
+    scale = _check_attention(q, k, v, scale, window, document_ids, kv_lengths, dropout_p, seed)
+    if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(q.device.type)
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    why_not = _why_not_native_attention(q.device, q.dtype, q.shape[-1]) or (
+        "weights with dropout" if dropout_p else ""
+    )
+    chosen = _resolve(impl, native=not why_not, tensors=f"causal attention on {why_not}")
+    if dropout_p and seed is None and chosen != "torch":
+        seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64)
+    if chosen == "native":
+        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+        out: Tensor = torch.ops.pygpt.causal_attention(
+            q, k, v, scale, window or 0, document_ids, kv_lengths, dropout_p, seed
+        )[0]
+        return out
+    if chosen == "torch":
+        return _attention_torch(q, k, v, scale, window, document_ids, kv_lengths, dropout_p)
+    return reference.causal_attention(
+        q, k, v, scale, window, document_ids, kv_lengths, dropout_p, seed
+    )
+
+
+def _why_not_native_attention(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+    """What the native kernel does not cover, or nothing."""
+    if device.type != "cpu":
+        return f"{device.type} tensors"
+    if dtype not in _NATIVE_DTYPES:
+        return f"{dtype}"
+    if head_dim % 8 or not 0 < head_dim <= 256:
+        return f"head dimension {head_dim}, which is not a multiple of 8 up to 256"
+    return ""
+
+
+def _check_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float | None,
+    window: int | None,
+    document_ids: Tensor | None,
+    kv_lengths: Tensor | None,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> float:
+    """Raise ValueError where the arguments do not fit together; returns the scale."""
+    if q.dim() != 4 or k.dim() != 4 or v.shape != k.shape:
+        raise ValueError(
+            "q must be (B, T, H, D), k and v (B, S, H_kv, D), "
+            f"got {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
+        )
+    (b, t, h, d), (_, s, h_kv, _) = q.shape, k.shape
+    if k.shape[0] != b or k.shape[3] != d or h_kv == 0 or h % h_kv or s < t:
+        raise ValueError(
+            "q (B, T, H, D) and k (B, S, H_kv, D) must agree in B and D, with S >= T and H a "
+            f"multiple of H_kv, got {tuple(q.shape)} and {tuple(k.shape)}"
+        )
+    if not (q.dtype == k.dtype == v.dtype) or not (q.device == k.device == v.device):
+        raise ValueError(
+            f"q, k and v must have one dtype and device, got {q.dtype} {k.dtype} {v.dtype} on "
+            f"{q.device} {k.device} {v.device}"
+        )
+    scale = d**-0.5 if scale is None else scale
+    if not 0 < scale < math.inf:
+        raise ValueError(f"scale must be positive and finite, got {scale}")
+    if window is not None and window < 1:
+        raise ValueError(f"window must be at least 1, got {window}")
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
+    for name, x, shape, dtype in (
+        ("document_ids", document_ids, (b, s), torch.int32),
+        ("kv_lengths", kv_lengths, (b,), torch.int32),
+        ("seed", seed, (1,), torch.int64),
+    ):
+        if x is not None and (x.shape != shape or x.dtype != dtype):
+            raise ValueError(
+                f"{name} must be {dtype} of shape {shape}, got {x.dtype} {tuple(x.shape)}"
+            )
+    return scale
+
+
+def _attention_torch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    window: int | None,
+    document_ids: Tensor | None,
+    kv_lengths: Tensor | None,
+    dropout_p: float,
+) -> Tensor:
+    """The same from torch's scaled_dot_product_attention."""
+    t, s = q.shape[1], k.shape[1]
+    seen = None
+    if s != t or window is not None or document_ids is not None or kv_lengths is not None:
+        seen = reference.visible_keys(t, s, window, document_ids, kv_lengths, q.device)[:, None]
     out = F.scaled_dot_product_attention(
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        attn_mask=seen,
+        dropout_p=dropout_p,
+        is_causal=seen is None,
+        scale=scale,
+        enable_gqa=q.shape[2] != k.shape[2],
+    ).transpose(1, 2)
+    if seen is not None and kv_lengths is not None:
+        out = out.masked_fill(~seen.any(-1).transpose(1, 2)[..., None], 0.0)
+    return out
+
+
+_library.define(  # type: ignore[no-untyped-call]
+    "causal_attention(Tensor q, Tensor k, Tensor v, float scale, int window, "
+    "Tensor? document_ids, Tensor? kv_lengths, float dropout_p, Tensor? seed) -> (Tensor, Tensor)"
+)
+_library.define(  # type: ignore[no-untyped-call]
+    "causal_attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+    "float scale, int window, Tensor? document_ids, Tensor? kv_lengths, float dropout_p, "
+    "Tensor? seed) -> (Tensor, Tensor, Tensor)"
+)
+
+
+def _place(x: Tensor) -> tuple[int, int, int, int]:
+    return x.data_ptr(), x.stride(0), x.stride(1), x.stride(2)
+
+
+def _attention_arguments(
+    q: Tensor,
+    k: Tensor,
+    scale: float,
+    window: int,
+    document_ids: Tensor | None,
+    kv_lengths: Tensor | None,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[int, tuple[int, int, int, int, int, int], float, int, int, int, float, int]:
+    """What forward and backward have in common."""
+    (b, t, h, d), (_, s, h_kv, _) = q.shape, k.shape
+    return (
+        _NATIVE_DTYPES[q.dtype],
+        (b, t, s, h, h_kv, d),
+        scale,
+        window,
+        0 if document_ids is None else document_ids.data_ptr(),
+        0 if kv_lengths is None else kv_lengths.data_ptr(),
+        dropout_p,
+        0 if seed is None else seed.data_ptr(),
+    )
+
+
+@torch.library.impl(_library, "causal_attention", "CPU")
+def _attention_native(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    window: int,
+    document_ids: Tensor | None,
+    kv_lengths: Tensor | None,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    out, lse = _attention_fake(q, k, v, scale, window, document_ids, kv_lengths, dropout_p, seed)
+    document_ids = None if document_ids is None else document_ids.contiguous()
+    kv_lengths = None if kv_lengths is None else kv_lengths.contiguous()
+    common = _attention_arguments(q, k, scale, window, document_ids, kv_lengths, dropout_p, seed)
+    if out.numel():
+        _native.attention_forward(
+            *common, _place(q), _place(k), _place(v), _place(out), lse.data_ptr()
+        )
+    return out, lse
+
+
+@torch.library.register_fake(  # type: ignore[untyped-decorator]
+    "pygpt::causal_attention", lib=_library
+)
+def _attention_fake(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    window: int,
+    document_ids: Tensor | None,
+    kv_lengths: Tensor | None,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    b, t, h, d = q.shape
+    return q.new_empty((b, t, h, d)), q.new_empty((b, h, t), dtype=torch.float32)
+
+
+@torch.library.impl(_library, "causal_attention_backward", "CPU")
+def _attention_backward_native(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    window: int,
+    document_ids: Tensor | None,
+    kv_lengths: Tensor | None,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+    if not q.numel():
+        return dq, dk.zero_(), dv.zero_()
+    dout, out = (x if x.stride(-1) == 1 else x.contiguous() for x in (dout, out))
+    document_ids = None if document_ids is None else document_ids.contiguous()
+    kv_lengths = None if kv_lengths is None else kv_lengths.contiguous()
+    common = _attention_arguments(q, k, scale, window, document_ids, kv_lengths, dropout_p, seed)
+    tensors = (q, k, v, out, dout, dq, dk, dv)
+    _native.attention_backward(*common, [_place(x) for x in tensors], lse.contiguous().data_ptr())
+    return dq, dk, dv
+
+
+@torch.library.register_fake(  # type: ignore[untyped-decorator]
+    "pygpt::causal_attention_backward", lib=_library
+)
+def _attention_backward_fake(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _attention_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, ctx.scale, ctx.window, document_ids, kv_lengths, ctx.dropout_p, seed = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, k, v, *output, document_ids, kv_lengths, seed)
+
+
+def _attention_backward(ctx: Any, dout: Tensor | None, dlse: None) -> tuple[Any, ...]:
+    if dout is None:
+        return (None,) * 9
+    q, k, v, out, lse, document_ids, kv_lengths, seed = ctx.saved_tensors
+    gradients = torch.ops.pygpt.causal_attention_backward(
+        dout,
         q,
         k,
         v,
-        attn_mask=mask,
-        dropout_p=dropout_p,
-        is_causal=mask is None,
-        scale=scale,
-        enable_gqa=q.shape[1] != k.shape[1],
+        out,
+        lse,
+        ctx.scale,
+        ctx.window,
+        document_ids,
+        kv_lengths,
+        ctx.dropout_p,
+        seed,
     )
-    return out.transpose(1, 2)
+    return (*gradients, None, None, None, None, None, None)
+
+
+def _attention_twice(ctx: Any, *gradients: Tensor) -> None:
+    raise RuntimeError(
+        "causal_attention can be differentiated once; for second derivatives use impl='reference'"
+    )
+
+
+torch.library.register_autograd(
+    "pygpt::causal_attention", _attention_backward, setup_context=_attention_setup, lib=_library
+)
+torch.library.register_autograd("pygpt::causal_attention_backward", _attention_twice, lib=_library)
 
 
 # --- sampling -----------------------------------------------------------------------

@@ -12,6 +12,71 @@ import numpy as np
 import torch
 from torch import Tensor
 
+# --- causal attention ---------------------------------------------------------------
+
+
+def visible_keys(
+    t: int,
+    s: int,
+    window: int | None,
+    document_ids: Tensor | None,
+    kv_lengths: Tensor | None,
+    device: torch.device,
+) -> Tensor:
+    """Which keys each query sees: (B, T, S), or (1, T, S) where all sequences are alike."""
+    length = torch.tensor([s], device=device) if kv_lengths is None else kv_lengths.long()
+    position = length[:, None] - t + torch.arange(t, device=device)  # of the queries
+    key = torch.arange(s, device=device)
+    seen = key <= position[..., None]
+    if window is not None:
+        seen = seen & (key > position[..., None] - window)
+    if document_ids is not None:
+        position = position.clamp(min=0).expand(len(document_ids), t)
+        seen = seen & (document_ids.gather(1, position)[..., None] == document_ids[:, None])
+    return seen
+
+
+def causal_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    window: int | None = None,
+    document_ids: Tensor | None = None,
+    kv_lengths: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """Attention by its formula in float64; arguments as in ops.causal_attention."""
+    group = q.shape[2] // k.shape[2]
+    keys, values = (x.double().repeat_interleave(group, dim=2) for x in (k, v))
+    scores = torch.einsum("bthd,bshd->bhts", q.double(), keys) * scale
+    seen = visible_keys(q.shape[1], k.shape[1], window, document_ids, kv_lengths, q.device)
+    hidden = ~seen[:, None]
+    weights = scores.masked_fill(hidden, -math.inf).softmax(-1).masked_fill(hidden, 0.0)
+    if dropout_p and seed is not None:
+        weights = weights * dropout_keeps(int(seed), weights.shape, dropout_p) / (1 - dropout_p)
+    return torch.einsum("bhts,bshd->bthd", weights, values).to(q.dtype)
+
+
+def dropout_keeps(seed: int, shape: torch.Size, p: float) -> Tensor:
+    """The weights (B, H, T, S) that attention dropout keeps, as csrc/core/philox.h counts them."""
+    b, h, t, s = np.indices((*shape[:3], (shape[3] + 3) // 4)).reshape(4, -1).astype(np.uint64)
+    counter, low = [s, t, h, b], np.uint64(0xFFFFFFFF)
+    key = [seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF]
+    for _ in range(10):
+        first, second = np.uint64(0xD2511F53) * counter[0], np.uint64(0xCD9E8D57) * counter[2]
+        counter = [
+            second >> np.uint64(32) ^ counter[1] ^ np.uint64(key[0]),
+            second & low,
+            first >> np.uint64(32) ^ counter[3] ^ np.uint64(key[1]),
+            first & low,
+        ]
+        key = [key[0] + 0x9E3779B9 & 0xFFFFFFFF, key[1] + 0xBB67AE85 & 0xFFFFFFFF]
+    words = np.stack(counter, -1).reshape(*shape[:3], -1)[..., : shape[3]]
+    return torch.from_numpy(words >= np.uint64(int(p * 2.0**32)))
+
+
 # --- sampling -----------------------------------------------------------------------
 
 LOG2_E = float.fromhex("0x1.715476p+0")

@@ -8,12 +8,16 @@ namespace pygpt::PYGPT_ISA_NAMESPACE {
 
 void sample(const SampleArgs&);
 void cross_entropy(const CrossEntropyArgs&);
+void attention_forward(const AttentionArgs&);
+void attention_backward(const AttentionArgs&);
 
 extern const CpuKernels kernels;
 const CpuKernels kernels = {
     .name = PYGPT_NAME(PYGPT_ISA_NAMESPACE),
     .sample = sample,
     .cross_entropy = cross_entropy,
+    .attention_forward = attention_forward,
+    .attention_backward = attention_backward,
 };
 
 }  // namespace pygpt::PYGPT_ISA_NAMESPACE

@@ -43,10 +43,31 @@ struct CrossEntropyArgs {
   const float* scales;  // (rows) and so does the row's own, where given
 };
 
+// (batch, rows, heads, dim), strides in elements, dim contiguous.
+struct AttentionTensor {
+  void* data = nullptr;
+  int64_t batch = 0, row = 0, head = 0;
+};
+
+// Causal attention: q, out (batch, queries, heads, dim); k, v (batch, keys, kv_heads, dim).
+struct AttentionArgs {
+  DType dtype;
+  int64_t batch, queries, keys, heads, kv_heads, dim;  // keys >= queries; heads % kv_heads == 0
+  float scale;                                         // > 0
+  int64_t window;               // keys that a query sees, itself included; 0: all before it
+  const int32_t* document_ids;  // (batch, keys), non-decreasing in a row, or null
+  const int32_t* kv_lengths;    // (batch,): keys in use, the last of them the last query's; or null
+  AttentionTensor q, k, v, out;
+  float* lse;  // (batch, heads, queries): log2 of the sum of 2^(score * log2 e)
+  AttentionTensor dout, dq, dk, dv;  // of the backward, to which out and lse are inputs
+};
+
 struct CpuKernels {
   const char* name;
   void (*sample)(const SampleArgs&);
   void (*cross_entropy)(const CrossEntropyArgs&);
+  void (*attention_forward)(const AttentionArgs&);
+  void (*attention_backward)(const AttentionArgs&);
 };
 
 }  // namespace pygpt

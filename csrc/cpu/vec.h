@@ -7,6 +7,7 @@
 // are b, and a comparison is false.
 #pragma once
 
+#include <bit>
 #include <cstdint>
 #include <cstring>
 
@@ -18,11 +19,15 @@
 #if defined(PYGPT_AVX512) || defined(PYGPT_AVX2)
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wuninitialized"  // GCC 12's own _mm512_undefined_ps()
+#if !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
 #include <immintrin.h>
 #pragma GCC diagnostic pop
 #endif
 
 #define PYGPT_INLINE inline __attribute__((always_inline))
+#define PYGPT_LAMBDA __attribute__((always_inline))
 
 namespace pygpt::PYGPT_ISA_NAMESPACE {
 
@@ -403,16 +408,13 @@ PYGPT_INLINE F32 load_bf16(const uint16_t* p) {
 PYGPT_INLINE F32 load_f16(const uint16_t* p) {
   F32 y;
   for (int i = 0; i < 4; ++i) {
-    const uint32_t h = p[i], sign = (h & 0x8000) << 16, magnitude = h & 0x7fff;
+    const uint32_t h = p[i], magnitude = h & 0x7fff;
     uint32_t b = (magnitude << 13) + (112u << 23);  // normal: move the exponent's bias
     if (magnitude >= 0x7c00) b = (magnitude << 13) | 0x7f800000;  // infinity, NaN
-    float f;
-    std::memcpy(&f, &b, 4);
-    if (magnitude < 0x0400) f = static_cast<float>(magnitude) * 0x1p-24f;  // subnormal, zero
-    std::memcpy(&b, &f, 4);
-    b |= sign;
-    std::memcpy(&f, &b, 4);
-    y.v[i] = f;
+    const float subnormal = static_cast<float>(magnitude) * 0x1p-24f;  // or zero
+    if (magnitude < 0x0400) std::memcpy(&b, &subnormal, 4);
+    b |= (h & 0x8000) << 16;
+    y.v[i] = std::bit_cast<float>(b);
   }
   return y;
 }
@@ -506,33 +508,43 @@ PYGPT_INLINE uint64_t sum(U64 x) {
   return total;
 }
 
-// p * 2^floor(n) for p in [1, 2] and n from floor(), rounded once also where it is subnormal.
-PYGPT_INLINE F32 scale_by_power(F32 p, F32 n) {
+PYGPT_INLINE float first_lane(F32 x) {
+  float lane[kLanes];
+  store(lane, x);
+  return lane[0];
+}
+
+// 2^x by one polynomial with explicit fma. The coefficients make whole powers exact.
+template <int kDegree>
+PYGPT_INLINE F32 exp2_polynomial(F32 x, const float (&coefficients)[kDegree]) {
 #if defined(PYGPT_AVX512)
-  return {_mm512_scalef_ps(p.v, n.v)};
+  const F32 r = {_mm512_reduce_ps(x.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)};  // x - floor(x)
 #else
-  // Two factors, since 2^n alone may be subnormal; the first product is exact.
-  const I32 whole = to_i32(max(broadcast(-160.0f), min(broadcast(160.0f), n)));
-  const I32 half = shift_right<1>(whole + broadcast(256)) - broadcast(128);
-  const I32 one = broadcast(127);
-  const F32 first = as_f32(shift_left<23>(half + one));
-  const F32 second = as_f32(shift_left<23>(whole - half + one));
-  return p * first * second;
+  x = max(broadcast(-160.0f), min(broadcast(160.0f), x));
+  const F32 whole = floor(x), r = x - whole;
+#endif
+  F32 p = broadcast(coefficients[0]);
+  for (int i = 1; i < kDegree; ++i) p = fma(p, r, broadcast(coefficients[i]));
+  p = fma(p, r, broadcast(1.0f));
+#if defined(PYGPT_AVX512)
+  return {_mm512_scalef_ps(p.v, x.v)};
+#else
+  // p * 2^whole in two factors, since 2^whole alone may be subnormal; the first product is exact.
+  const I32 n = to_i32(whole), one = broadcast(127);
+  const I32 half = shift_right<1>(n + broadcast(256)) - broadcast(128);
+  return p * as_f32(shift_left<23>(half + one)) * as_f32(shift_left<23>(n - half + one));
 #endif
 }
 
-// 2^x by one polynomial with explicit fma, the same bits on every instruction set: within 1.6e-7
-// (relative), exact at whole numbers; 0 below -150, infinite from 128, NaN for NaN.
+// 2^x, the same bits on every instruction set: within 1.6e-7 (relative); 0 below -150, infinite
+// from 128, NaN for NaN.
 PYGPT_INLINE F32 exp2(F32 x) {
-  const F32 bounded = max(broadcast(-160.0f), min(broadcast(160.0f), x));
-  const F32 n = floor(bounded), r = bounded - n;
-  F32 p = broadcast(0x1.eca6f0p-10f);
-  p = fma(p, r, broadcast(0x1.269deep-7f));
-  p = fma(p, r, broadcast(0x1.c94440p-5f));
-  p = fma(p, r, broadcast(0x1.ebd8a0p-3f));
-  p = fma(p, r, broadcast(0x1.62e4c8p-1f));
-  p = fma(p, r, broadcast(1.0f));
-  return scale_by_power(p, n);
+  return exp2_polynomial<5>(
+      x, {0x1.eca6f0p-10f, 0x1.269deep-7f, 0x1.c94440p-5f, 0x1.ebd8a0p-3f, 0x1.62e4c8p-1f});
+}
+// Within 1.1e-4: for weights that are rounded to 16 bits next.
+PYGPT_INLINE F32 exp2_coarse(F32 x) {
+  return exp2_polynomial<3>(x, {0x1.4095eap-4f, 0x1.cf7a66p-3f, 0x1.640ea8p-1f});
 }
 
 }  // namespace pygpt::PYGPT_ISA_NAMESPACE

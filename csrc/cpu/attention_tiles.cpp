@@ -1,0 +1,235 @@
+#include "cpu/attention_tiles.h"
+
+#include <cstdlib>
+#include <new>
+#include <utility>
+
+namespace pygpt::PYGPT_ISA_NAMESPACE {
+namespace {
+
+PYGPT_INLINE float load_word(const float* p) {
+  float x;
+  std::memcpy(&x, p, 4);  // a pair of bf16 may stand at an odd multiple of two bytes
+  return x;
+}
+
+template <bool kPairs>
+PYGPT_INLINE F32 multiply_add(F32 a, F32 b, F32 c) {
+#if defined(PYGPT_ISA_avx512_bf16)
+  if constexpr (kPairs) {
+    return {
+        _mm512_dpbf16_ps(c.v, reinterpret_cast<__m512bh>(a.v), reinterpret_cast<__m512bh>(b.v))};
+  }
+#endif
+  return fma(a, b, c);
+}
+
+// Calls f(0) ... f(n - 1) with constant arguments. A plain loop leaves the accumulators in memory:
+// GCC splits arrays into registers before it unrolls.
+template <class F, int... kIndex>
+PYGPT_INLINE void unroll(const F& f, std::integer_sequence<int, kIndex...>) {
+  (f(std::integral_constant<int, kIndex>()), ...);
+}
+template <int kCount, class F>
+PYGPT_INLINE void unroll(const F& f) {
+  unroll(f, std::make_integer_sequence<int, kCount>());
+}
+
+// Rows are addressed from every third, which keeps the pointers of twelve rows in registers.
+template <bool kPairs, int kRows, int kVecs>
+void tile(Words a, const float* b, int64_t b_row, int64_t k, bool add, float* c, int64_t c_row) {
+  constexpr int kPointers = (kRows + 2) / 3;
+  const int64_t a_row = a.row;
+  const float* rows[kPointers];
+  F32 acc[kRows][kVecs];
+  unroll<kPointers>([&](auto i) PYGPT_LAMBDA { rows[i] = a.data + 3 * i * a_row; });
+  unroll<kRows * kVecs>([&](auto i) PYGPT_LAMBDA { acc[i / kVecs][i % kVecs] = broadcast(0.0f); });
+  for (int64_t step = 0; step < k; ++step) {
+    F32 column[kVecs];
+    unroll<kVecs>([&](auto j) PYGPT_LAMBDA { column[j] = load(b + j * kLanes); });
+    unroll<kRows>([&](auto i) PYGPT_LAMBDA {
+      const F32 x = broadcast(load_word(rows[i / 3] + (i % 3) * a_row));
+      unroll<kVecs>(
+          [&](auto j) PYGPT_LAMBDA { acc[i][j] = multiply_add<kPairs>(x, column[j], acc[i][j]); });
+    });
+    unroll<kPointers>([&](auto i) PYGPT_LAMBDA {
+      rows[i] += a.k;
+      asm("" : "+r"(rows[i]));  // or GCC makes a pointer of every row, and spills them
+    });
+    b += b_row;
+  }
+  unroll<kRows * kVecs>([&](auto i) PYGPT_LAMBDA {
+    float* out = c + i / kVecs * c_row + i % kVecs * kLanes;
+    const F32 total = acc[i / kVecs][i % kVecs];
+    store(out, add ? load(out) + total : total);
+  });
+}
+
+// Calls the tile of `rows` rows in parts of kRows, 8, 4, 2 and 1, for few instantiations.
+template <bool kPairs, int kRows, int kVecs>
+PYGPT_INLINE void tile_rows(int rows, Words a, const float* b, int64_t b_row, int64_t k, bool add,
+                            float* c, int64_t c_row) {
+  const auto advance = [&](int done) {
+    rows -= done;
+    a.data += done * a.row;
+    c += done * c_row;
+  };
+  if (rows == kRows) return tile<kPairs, kRows, kVecs>(a, b, b_row, k, add, c, c_row);
+  if constexpr (kRows > 8) {
+    if (rows & 8) tile<kPairs, 8, kVecs>(a, b, b_row, k, add, c, c_row), advance(8);
+  }
+  if constexpr (kRows > 4) {
+    if (rows & 4) tile<kPairs, 4, kVecs>(a, b, b_row, k, add, c, c_row), advance(4);
+  }
+  if (rows & 2) tile<kPairs, 2, kVecs>(a, b, b_row, k, add, c, c_row), advance(2);
+  if (rows & 1) tile<kPairs, 1, kVecs>(a, b, b_row, k, add, c, c_row);
+}
+
+// Lanes of one row of any dtype as floats, and back.
+PYGPT_INLINE F32 load_as_f32(DType dtype, const char* p, int64_t index) {
+  if (dtype == DType::kFloat32) return load(reinterpret_cast<const float*>(p) + index);
+  const uint16_t* half = reinterpret_cast<const uint16_t*>(p) + index;
+  return dtype == DType::kBFloat16 ? load_bf16(half) : load_f16(half);
+}
+PYGPT_INLINE void store_as(DType dtype, char* p, int64_t index, F32 x) {
+  if (dtype == DType::kFloat32) return store(reinterpret_cast<float*>(p) + index, x);
+  uint16_t* half = reinterpret_cast<uint16_t*>(p) + index;
+  dtype == DType::kBFloat16 ? store_bf16(half, x) : store_f16(half, x);
+}
+
+// Reads or writes the last `count` (< kLanes) elements of a row without touching what follows.
+PYGPT_INLINE F32 load_tail(DType dtype, const char* p, int64_t index, int64_t count) {
+  char part[kLanes * 4] = {};
+  const int64_t size = dtype == DType::kFloat32 ? 4 : 2;
+  std::memcpy(part, p + index * size, count * size);
+  return load_as_f32(dtype, part, 0);
+}
+PYGPT_INLINE void store_tail(DType dtype, char* p, int64_t index, int64_t count, F32 x) {
+  char part[kLanes * 4];
+  const int64_t size = dtype == DType::kFloat32 ? 4 : 2;
+  store_as(dtype, part, 0, x);
+  std::memcpy(p + index * size, part, count * size);
+}
+
+}  // namespace
+
+template <bool kPairs>
+void score_tile(int rows, Words a, const float* b, int64_t k, float* c, int64_t c_row) {
+  constexpr int64_t kStep = 128;  // longer sums in one register lose accuracy against torch's
+  for (int64_t done = 0; done < k; done += kStep) {
+    const int64_t steps = k - done < kStep ? k - done : kStep;
+    tile_rows<kPairs, kScoreRows, kScoreVecs>(rows, {a.data + done, a.row, 1}, b + done * kPanel,
+                                              kPanel, steps, done > 0, c, c_row);
+  }
+}
+
+template <bool kPairs>
+void sum_tile(int rows, int vecs, Words a, const float* b, int64_t b_row, int64_t k, float* c,
+              int64_t c_row) {
+  if constexpr (kSumVecs == 4) {
+    if (vecs == 4) return tile_rows<kPairs, kSumRows, 4>(rows, a, b, b_row, k, true, c, c_row);
+    if (vecs == 3) return tile_rows<kPairs, kSumRows, 3>(rows, a, b, b_row, k, true, c, c_row);
+  }
+  if (vecs == 2) return tile_rows<kPairs, kSumRows, 2>(rows, a, b, b_row, k, true, c, c_row);
+  tile_rows<kPairs, kSumRows, 1>(rows, a, b, b_row, k, true, c, c_row);
+}
+
+void copy_rows(DType dtype, const char* source, int64_t stride, int64_t rows, int64_t dim,
+               float* out, int64_t pitch) {
+  for (int64_t i = 0; i < rows; ++i, source += stride, out += pitch) {
+    int64_t d = 0;
+    for (; d + kLanes <= dim; d += kLanes) store(out + d, load_as_f32(dtype, source, d));
+    if (d < dim) store(out + d, load_tail(dtype, source, d, dim - d));
+  }
+}
+
+void write_rows(DType dtype, const float* source, int64_t pitch, int64_t rows, int64_t dim,
+                float factor, char* out, int64_t stride) {
+  const F32 f = broadcast(factor);
+  for (int64_t i = 0; i < rows; ++i, source += pitch, out += stride) {
+    int64_t d = 0;
+    for (; d + kLanes <= dim; d += kLanes) store_as(dtype, out, d, load(source + d) * f);
+    if (d < dim) store_tail(dtype, out, d, dim - d, load(source + d) * f);
+  }
+}
+
+float dot_rows(DType dtype, const char* a, const char* b, int64_t dim) {
+  F32 total = broadcast(0.0f);
+  int64_t d = 0;
+  for (; d + kLanes <= dim; d += kLanes) {
+    total = fma(load_as_f32(dtype, a, d), load_as_f32(dtype, b, d), total);
+  }
+  if (d < dim) {
+    total = fma(load_tail(dtype, a, d, dim - d), load_tail(dtype, b, d, dim - d), total);
+  }
+  return sum(total);
+}
+
+template <bool kPairs>
+void pack_panels(DType dtype, const char* source, int64_t stride, int64_t rows, int64_t dim,
+                 float* out) {
+  const int64_t words = kPairs ? dim / 2 : dim;
+  const DType as = kPairs ? DType::kFloat32 : dtype;  // a pair moves as one word
+  for (int64_t first = 0; first < rows; first += kPanel, out += words * kPanel) {
+    for (int64_t block = 0; block < kPanel; block += kLanes) {
+      const int64_t row = first + block;
+      for (int64_t d = 0; d < words; d += kLanes) {
+        F32 lines[kLanes];
+        const int64_t count = words - d;
+        for (int i = 0; i < kLanes; ++i) {
+          const char* line = source + (row + i) * stride;
+          if (row + i >= rows) {
+            lines[i] = broadcast(0.0f);
+          } else {
+            lines[i] = count >= kLanes ? load_as_f32(as, line, d) : load_tail(as, line, d, count);
+          }
+        }
+        transpose(lines);
+        const int used = count < kLanes ? static_cast<int>(count) : kLanes;
+        for (int i = 0; i < used; ++i) store(out + (d + i) * kPanel + block, lines[i]);
+      }
+    }
+  }
+}
+
+template void score_tile<false>(int, Words, const float*, int64_t, float*, int64_t);
+template void sum_tile<false>(int, int, Words, const float*, int64_t, int64_t, float*, int64_t);
+template void pack_panels<false>(DType, const char*, int64_t, int64_t, int64_t, float*);
+
+#if defined(PYGPT_ISA_avx512_bf16)
+template void score_tile<true>(int, Words, const float*, int64_t, float*, int64_t);
+template void sum_tile<true>(int, int, Words, const float*, int64_t, int64_t, float*, int64_t);
+template void pack_panels<true>(DType, const char*, int64_t, int64_t, int64_t, float*);
+
+void pack_pairs(const char* source, int64_t stride, int64_t rows, int64_t dim, float* out,
+                int64_t pitch) {
+  for (int64_t i = 0; i < rows; i += 2, out += pitch) {
+    const uint16_t* even = reinterpret_cast<const uint16_t*>(source + i * stride);
+    const uint16_t* odd = reinterpret_cast<const uint16_t*>(source + (i + 1) * stride);
+    for (int64_t d = 0; d < dim; d += kLanes) {
+      const __mmask16 used = first_lanes(static_cast<int>(dim - d)).v;
+      const __m256i low = _mm256_maskz_loadu_epi16(used, even + d);
+      const __m256i high =
+          i + 1 < rows ? _mm256_maskz_loadu_epi16(used, odd + d) : _mm256_setzero_si256();
+      const __m512i pair = _mm512_or_si512(_mm512_cvtepu16_epi32(low),
+                                           _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16));
+      _mm512_storeu_si512(out + d, pair);
+    }
+  }
+}
+#endif
+
+Scratch::~Scratch() { std::free(data_); }
+
+char* Scratch::get(size_t bytes) {
+  if (bytes > size_) {
+    std::free(data_);
+    size_ = 0;
+    data_ = static_cast<char*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64));
+    if (!data_) throw std::bad_alloc();
+    size_ = bytes;
+  }
+  return data_;
+}
+
+}  // namespace pygpt::PYGPT_ISA_NAMESPACE

@@ -1,0 +1,87 @@
+// Micro-kernels and packing for attention: register tiles of C += A B, where A is read one word at
+// a time and broadcast, and B is read in whole vectors.
+//
+// A word is 4 bytes: one float, or, where the CPU multiplies bf16 itself, a pair of bf16 that are
+// neighbours along the summed dimension. Strides and lengths along that dimension count words, so
+// one code serves both.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "cpu/kernels.h"
+#include "cpu/vec.h"
+
+namespace pygpt::PYGPT_ISA_NAMESPACE {
+
+#if defined(PYGPT_ISA_avx512_bf16)
+constexpr bool kHasPairs = true;
+#else
+constexpr bool kHasPairs = false;
+#endif
+
+// Register tiles: scores are kScoreRows x kScoreVecs, sums over keys or queries kSumRows x
+// kSumVecs.
+#if defined(PYGPT_AVX512)
+constexpr int kScoreRows = 12, kScoreVecs = 2, kSumRows = 6, kSumVecs = 4;
+#elif defined(PYGPT_AVX2)
+constexpr int kScoreRows = 6, kScoreVecs = 2, kSumRows = 6, kSumVecs = 2;
+#else
+constexpr int kScoreRows = 4, kScoreVecs = 2, kSumRows = 4, kSumVecs = 2;
+#endif
+constexpr int kPanel = kScoreVecs * kLanes;  // keys (or queries) in one packed panel
+
+struct Words {  // a matrix of words; `row` and `k` are the strides of its two dimensions
+  const float* data;
+  int64_t row, k;
+};
+
+// C[rows, vecs * kLanes] = A B, or += with `add`; sums start at zero, so that a long reduction made
+// of many calls is summed in two levels. rows and vecs are any number up to those of the tile.
+template <bool kPairs>
+void score_tile(int rows, Words a, const float* b, int64_t k, float* c, int64_t c_row);
+template <bool kPairs>
+void sum_tile(int rows, int vecs, Words a, const float* b, int64_t b_row, int64_t k, float* c,
+              int64_t c_row);
+
+// rows x dim of `source` -> float rows of `pitch`, with zeros from dim to pitch.
+void copy_rows(DType dtype, const char* source, int64_t stride, int64_t rows, int64_t dim,
+               float* out, int64_t pitch);
+// Float rows -> rows of any dtype, times `factor`.
+void write_rows(DType dtype, const float* source, int64_t pitch, int64_t rows, int64_t dim,
+                float factor, char* out, int64_t stride);
+// rows x dim -> ceil(rows / kPanel) panels of [dim words][kPanel], zeros where rows end.
+template <bool kPairs>
+void pack_panels(DType dtype, const char* source, int64_t stride, int64_t rows, int64_t dim,
+                 float* out);
+// bf16 rows -> [ceil(rows / 2)][pitch] words, each the pair (row 2i, row 2i + 1) of one column.
+void pack_pairs(const char* source, int64_t stride, int64_t rows, int64_t dim, float* out,
+                int64_t pitch);
+
+// The sum of a[i] * b[i] over one row of each.
+float dot_rows(DType dtype, const char* a, const char* b, int64_t dim);
+
+// Words of a (low half) and b (high half) rounded to bf16; used, and defined, where kHasPairs.
+F32 pair_bf16(F32 a, F32 b);
+#if defined(PYGPT_ISA_avx512_bf16)
+PYGPT_INLINE F32 pair_bf16(F32 a, F32 b) {
+  const __m512bh both = _mm512_cvtne2ps_pbh(b.v, a.v);
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24,
+                                         8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  return {_mm512_castsi512_ps(_mm512_permutexvar_epi16(order, reinterpret_cast<__m512i>(both)))};
+}
+#endif
+
+// Work memory of one thread, kept between calls: fresh pages cost as much as the arithmetic.
+class Scratch {
+ public:
+  ~Scratch();
+  // At least `bytes`, aligned to 64; what an earlier call gave is void.
+  char* get(size_t bytes);
+
+ private:
+  char* data_ = nullptr;
+  size_t size_ = 0;
+};
+
+}  // namespace pygpt::PYGPT_ISA_NAMESPACE

@@ -1,0 +1,281 @@
+"""Causal attention: right on every shape and mask, as accurate as torch, and a proper torch op."""
+
+import random
+
+import pytest
+import torch
+from torch.library import opcheck
+
+from pygpt import _native, ops, reference
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+names = {"ids": lambda x: str(x).removeprefix("torch.")}
+
+
+def tensors(b, t, s, h, h_kv, d, dtype=torch.float32, seed=0):
+    """q, k, v and the gradient of the output."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(b, t, h, d), (b, s, h_kv, d), (b, s, h_kv, d), (b, t, h, d)]
+    return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+
+
+def with_gradients(q, k, v, dout, dtype, **options):
+    """out, dq, dk, dv computed in `dtype`, as float64."""
+    inputs = [x.detach().to(dtype).requires_grad_() for x in (q, k, v)]
+    out = ops.causal_attention(*inputs, **options)
+    gradients = torch.autograd.grad(out, inputs, dout.to(dtype))
+    return [x.detach().double() for x in (out, *gradients)]
+
+
+def assert_as_accurate_as_torch(q, k, v, dout, **options):
+    exact = with_gradients(q, k, v, dout, torch.float64, impl="reference", **options)
+    ours = with_gradients(q, k, v, dout, q.dtype, impl="native", **options)
+    torchs = with_gradients(q, k, v, dout, q.dtype, impl="torch", **options)
+    ulps = 2 * torch.finfo(q.dtype).eps * max(x.abs().max() for x in exact)
+    for name, e, o, t in zip(("out", "dq", "dk", "dv"), exact, ours, torchs, strict=True):
+        error, allowed = (o - e).abs().max(), 2 * (t - e).abs().max() + ulps
+        assert error <= allowed, f"{name}: error {error:.2e}, allowed {allowed:.2e}"
+
+
+def random_masks(rng, b, t, s):
+    masks = {}
+    if rng.random() < 0.3:
+        masks["window"] = rng.choice([1, 5, 40, 200])
+    if rng.random() < 0.3:
+        masks["document_ids"] = torch.randint(0, 5, (b, s)).sort(1).values.int()
+    if rng.random() < 0.3:
+        masks["kv_lengths"] = torch.randint(0, s + 1, (b,)).int()
+    return masks
+
+
+@pytest.mark.parametrize("dtype", DTYPES, **names)
+@pytest.mark.parametrize("seed", range(60))
+def test_random_shapes(seed, dtype):
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    b, h_kv, group = rng.choice([1, 2, 3]), rng.choice([1, 2, 3]), rng.choice([1, 1, 2, 4])
+    d = rng.choice([8, 16, 24, 32, 40, 64, 72, 80, 96, 128, 160, 200, 256])
+    t = rng.choice([1, 2, 3, 7, 16, 33, 48, 64, 100, 130])
+    s = t + rng.choice([0, 0, 0, 1, 5, 64, 200])
+    inputs = tensors(b, t, s, h_kv * group, h_kv, d, dtype, seed)
+    assert_as_accurate_as_torch(*inputs, **random_masks(rng, b, t, s))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, **names)
+@pytest.mark.parametrize("shape", [(1, 1100, 1100, 2, 1, 64), (1, 9, 2100, 2, 2, 64)])
+def test_several_blocks_of_keys(shape, dtype):
+    assert_as_accurate_as_torch(*tensors(*shape, dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, **names)
+def test_large_and_growing_scores(dtype):
+    q, k, v, dout = tensors(1, 700, 700, 1, 1, 64, dtype)
+    k = k * torch.linspace(0.1, 30, 700)[:, None, None].to(dtype)  # the maximum keeps moving
+    assert_as_accurate_as_torch(q, k, v, dout)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, **names)
+def test_views_of_a_fused_projection_equal_contiguous_tensors(dtype):
+    qkv = torch.randn(2, 50, 3, 4, 32, generator=torch.Generator().manual_seed(0)).to(dtype)
+    views = qkv.unbind(2)
+    dout = torch.randn(2, 4, 50, 32).to(dtype).transpose(1, 2)
+    ours = with_gradients(*views, dout, dtype, impl="native")
+    copies = [x.contiguous() for x in (*views, dout)]
+    for a, b in zip(ours, with_gradients(*copies, dtype, impl="native"), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_odd_strides_and_a_strided_last_dimension():
+    buffer = torch.randn(2, 20, 3, 33, generator=torch.Generator().manual_seed(0)).bfloat16()
+    odd = buffer[..., 1:]
+    strided = buffer[..., 1:].transpose(2, 3).contiguous().transpose(2, 3)
+    expected = ops.causal_attention(*[odd.contiguous()] * 3, impl="native").float()
+    for x in (odd, strided):
+        got = ops.causal_attention(x, x, x, impl="native").float()
+        assert (got - expected).abs().max() <= 2**-7 * expected.abs().max()
+
+
+def test_a_query_without_keys_gives_zeros_and_no_gradient():
+    q, k, v, dout = tensors(2, 4, 6, 2, 2, 16)
+    lengths = torch.tensor([0, 2], dtype=torch.int32)
+    for impl in ("native", "torch", "reference"):
+        out, dq, dk, dv = with_gradients(
+            q, k, v, dout, torch.float32, kv_lengths=lengths, impl=impl
+        )
+        assert out[0].abs().max() == 0 and out[1, :2].abs().max() == 0
+        assert dq[0].abs().max() == 0 and dk[0].abs().max() == 0 and dv[:, 2:].abs().max() == 0
+        assert out[1, 2:].abs().min() > 0
+
+
+def test_memory_beyond_what_is_visible_is_never_read():
+    q, k, v, _ = tensors(1, 3, 40, 2, 2, 16)
+    lengths = torch.tensor([17], dtype=torch.int32)
+    expected = ops.causal_attention(q, k[:, :17], v[:, :17], impl="native")
+    k[:, 17:], v[:, 17:] = float("nan"), float("nan")
+    assert torch.equal(ops.causal_attention(q, k, v, kv_lengths=lengths, impl="native"), expected)
+
+
+def test_nan_reaches_every_query_that_sees_it_and_no_other():
+    q, k, v, _ = tensors(1, 40, 40, 1, 1, 16)
+    k[0, 20] = float("nan")
+    finite = ops.causal_attention(q, k, v, impl="native").isfinite().all(-1)[0, :, 0]
+    assert finite[:20].all() and not finite[20:].any()
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 4, 2, 2, 16), (2, 0, 0, 2, 2, 16), (2, 0, 5, 2, 2, 16)])
+def test_empty_tensors(shape):
+    q, k, v, dout = tensors(*shape)
+    out, dq, dk, _ = with_gradients(q, k, v, dout, torch.float32, impl="native")
+    assert out.shape == q.shape and dq.shape == q.shape and not dk.any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, **names)
+@pytest.mark.parametrize(
+    "shape", [(2, 300, 300, 4, 2, 64), (1, 1500, 1500, 1, 1, 32), (1, 1, 3000, 2, 1, 64)]
+)
+def test_results_do_not_depend_on_threads_or_repetition(shape, dtype):
+    inputs = tensors(*shape, dtype)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for n in (1, 1, 2, 3, 7):
+            torch.set_num_threads(n)
+            results.append(with_gradients(*inputs, dtype, impl="native"))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_rows_of_a_batch_do_not_touch_each_other():
+    q, k, v, _ = tensors(3, 20, 30, 2, 2, 16)
+    together = ops.causal_attention(q, k, v, impl="native")
+    for b in range(3):
+        alone = ops.causal_attention(*(x[b : b + 1] for x in (q, k, v)), impl="native")
+        assert torch.equal(alone[0], together[b])
+
+
+def test_cached_decoding_gives_the_last_rows_of_the_whole():
+    q, k, v, _ = tensors(1, 50, 50, 2, 2, 32)
+    whole = ops.causal_attention(q, k, v, impl="native")
+    for t in (1, 3):
+        tail = ops.causal_attention(q[:, -t:], k, v, impl="native")
+        torch.testing.assert_close(tail, whole[:, -t:], rtol=1e-5, atol=1e-6)
+
+
+def test_gradcheck_of_the_reference_and_torch_paths():
+    q, k, v = (x.double().requires_grad_() for x in tensors(1, 5, 7, 2, 1, 8)[:3])
+    documents = torch.tensor([[0, 0, 0, 1, 1, 1, 1]], dtype=torch.int32)
+    for impl in ("reference", "auto"):
+        assert torch.autograd.gradcheck(
+            lambda *x, impl=impl: ops.causal_attention(
+                *x, window=3, document_ids=documents, impl=impl
+            ),
+            (q, k, v),
+        )
+
+
+@pytest.mark.parametrize("masks", [False, True])
+def test_opcheck(masks):
+    q, k, v, _ = (x.requires_grad_() for x in tensors(2, 6, 9, 4, 2, 16))
+    documents = torch.zeros(2, 9, dtype=torch.int32) if masks else None
+    lengths = torch.tensor([9, 7], dtype=torch.int32) if masks else None
+    arguments = (q, k, v, 0.25, 4 if masks else 0, documents, lengths, 0.0, None)
+    opcheck(torch.ops.pygpt.causal_attention.default, arguments)
+    with torch.no_grad():
+        out, lse = torch.ops.pygpt.causal_attention(*arguments)
+    arguments = (torch.ones_like(out), *(x.detach() for x in (q, k, v)), out, lse, *arguments[3:])
+    opcheck(torch.ops.pygpt.causal_attention_backward.default, arguments)
+
+
+def test_second_derivatives_are_refused():
+    q, k, v, _ = (x.requires_grad_() for x in tensors(1, 4, 4, 1, 1, 8))
+    out = ops.causal_attention(q, k, v, impl="native")
+    (dq,) = torch.autograd.grad(out.sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiated once"):
+        torch.autograd.grad(dq.sum(), q)
+
+
+def test_autocast_casts_as_torch_does():
+    q, k, v, dout = tensors(1, 20, 20, 2, 2, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = ops.causal_attention(q, k, v)
+        assert out.dtype == torch.bfloat16
+        assert torch.equal(out, ops.causal_attention(*(x.bfloat16() for x in (q, k, v))))
+        assert ops.causal_attention(q.double(), k.double(), v.double()).dtype == torch.float64
+        (dq, *_) = with_gradients(q, k, v, dout.bfloat16(), torch.float32)
+    assert dq.dtype == torch.float64
+
+
+def test_compiled_equals_eager():
+    def f(q, k, v):
+        return (ops.causal_attention(q, k, v, window=7) * 2).sum()
+
+    inputs = [x.requires_grad_() for x in tensors(1, 20, 20, 2, 2, 16)[:3]]
+    expected = torch.autograd.grad(f(*inputs), inputs)
+    got = torch.autograd.grad(
+        torch.compile(f, fullgraph=True, backend="aot_eager")(*inputs), inputs
+    )
+    assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
+
+
+def test_what_has_no_kernel_goes_through_torch_or_is_refused():
+    q, k, v, _ = tensors(1, 5, 5, 1, 1, 12)
+    expected = reference.causal_attention(q, k, v, 12**-0.5)
+    torch.testing.assert_close(ops.causal_attention(q, k, v), expected)
+    with pytest.raises(ValueError, match="head dimension 12"):
+        ops.causal_attention(q, k, v, impl="native")
+    q, k, v, _ = tensors(1, 5, 5, 1, 1, 16, torch.float64)
+    with pytest.raises(ValueError, match="float64"):
+        ops.causal_attention(q, k, v, impl="native")
+
+
+def test_chosen_backend_says_why():
+    isa = _native.isa()
+    assert ops.chosen_backend("causal_attention", "cpu", torch.float32, 64) == (
+        "native",
+        f"{isa} kernels",
+    )
+    assert ops.chosen_backend("causal_attention", "cpu", torch.float32, 65)[0] == "torch"
+    assert ops.chosen_backend("causal_attention", "cuda", torch.float32)[0] == "torch"
+    assert ops.chosen_backend("sample", "cpu", torch.float32)[0] == "native"
+    with ops.backend("reference"):
+        assert ops.chosen_backend("sample", "cpu", torch.float32)[0] == "reference"
+    with pytest.raises(ValueError, match="op must name"):
+        ops.chosen_backend("softmax", "cpu", torch.float32)
+
+
+def test_backend_context_forces_the_path():
+    q, k, v, _ = tensors(1, 30, 30, 1, 1, 16)
+    with ops.backend("reference"):
+        assert torch.equal(ops.causal_attention(q, k, v), reference.causal_attention(q, k, v, 0.25))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"q": torch.zeros(1, 4, 3, 16)}, "H a multiple of H_kv"),
+        ({"q": torch.zeros(1, 7, 2, 16)}, "S >= T"),
+        ({"q": torch.zeros(4, 2, 16)}, r"q must be \(B, T, H, D\)"),
+        ({"v": torch.zeros(1, 5, 2, 16)}, r"q must be \(B, T, H, D\)"),
+        ({"k": torch.zeros(1, 6, 2, 16).half()}, "one dtype"),
+        ({"scale": 0.0}, "scale must be positive"),
+        ({"scale": float("nan")}, "scale must be positive"),
+        ({"window": 0}, "window must be at least 1"),
+        ({"dropout_p": 1.0}, "dropout_p must be in"),
+        ({"document_ids": torch.zeros(1, 6)}, "document_ids must be torch.int32"),
+        ({"kv_lengths": torch.zeros(2, dtype=torch.int32)}, r"of shape \(1,\)"),
+    ],
+)
+def test_bad_arguments_are_named(change, message):
+    q, k, v, _ = tensors(1, 4, 6, 2, 2, 16)
+    with pytest.raises(ValueError, match=message):
+        ops.causal_attention(**{"q": q, "k": k, "v": v, **change})
+
+
+def test_the_binding_refuses_tensors_without_memory():
+    place = (0, 8, 8, 8)
+    with pytest.raises(ValueError, match="without memory"):
+        _native.attention_forward(
+            0, (1, 1, 1, 1, 1, 8), 1.0, 0, 0, 0, 0.0, 0, place, place, place, place, 0
+        )
