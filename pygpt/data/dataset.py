@@ -173,7 +173,7 @@ def _encode(texts: Iterable[str], tok: Tokenizer) -> Iterator[NDArray[np.uint32]
     separator = np.array([tok.eot_token] if end_of_text else [], np.uint32)
     first = True
     for group in _grouped(texts):
-        ids, offsets = tok.encode_batch_to_numpy(group)
+        ids, offsets = tok.encode_batch_to_numpy(group, disallowed_special=())
         for start, stop in itertools.pairwise(offsets):
             if not first:
                 yield separator

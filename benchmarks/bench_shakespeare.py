@@ -1,0 +1,188 @@
+"""Tiny Shakespeare by characters: validation loss over seconds, plain PyTorch beside pygpt.
+
+The first curve is nanoGPT's CPU recipe (4 layers, 4 heads, width 128, context 64, batch 12, no
+dropout, lr 1e-3 to 1e-4 over 2000 steps, then 1e-4) as a plain PyTorch loop, written afresh. The
+second is `pygpt.pretrain` with a recipe of its own. Both see the first 90 % of the text, are
+evaluated on all of the last 10 %, in windows of their own context, and their clocks stand still
+meanwhile. One runs after the other: use a quiet machine.
+
+    python benchmarks/bench_shakespeare.py tinyshakespeare.txt --seconds 180
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import math
+import platform
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pygpt import GPT, GPTConfig, Tokenizer, TrainConfig, data, pretrain
+from pygpt.training import Event, Pretraining, steps_for
+
+TARGET = 1.88
+SHAPE = {"context_length": 64, "emb_dim": 128, "n_heads": 4, "n_layers": 4, "drop_rate": 0.0}
+RECIPE = {"batch_size": 12, "lr": 4e-3, "warmup_steps": 100, "checkpoint_every": 0}
+
+Curve = list[tuple[float, int, float]]  # seconds, tokens, validation loss
+
+
+class Plain(nn.Module):
+    """GPT-2's blocks in the fewest lines: no biases and a tied head, as in the recipe."""
+
+    def __init__(self, vocab_size: int, context: int, width: int, heads: int, layers: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.tokens, self.places = nn.Embedding(vocab_size, width), nn.Embedding(context, width)
+        self.blocks = nn.ModuleList()
+        for _ in range(layers):
+            block = {
+                "norm1": nn.LayerNorm(width, bias=False),
+                "qkv": nn.Linear(width, 3 * width, bias=False),
+                "out": nn.Linear(width, width, bias=False),
+                "norm2": nn.LayerNorm(width, bias=False),
+                "up": nn.Linear(width, 4 * width, bias=False),
+                "down": nn.Linear(4 * width, width, bias=False),
+            }
+            self.blocks.append(nn.ModuleDict(block))
+        self.norm = nn.LayerNorm(width, bias=False)
+        for name, p in self.named_parameters():
+            if p.ndim == 2:
+                residual = "out" in name or "down" in name
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * layers) if residual else 0.02)
+
+    def forward(self, ids: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
+        x = self.tokens(ids) + self.places(torch.arange(ids.shape[1]))
+        for b in self.blocks:
+            qkv = b["qkv"](b["norm1"](x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+            att = F.scaled_dot_product_attention(*qkv, is_causal=True)
+            x = x + b["out"](att.transpose(1, 2).flatten(2))
+            x = x + b["down"](F.gelu(b["up"](b["norm2"](x))))
+        logits = F.linear(self.norm(x), self.tokens.weight)
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction=reduction)
+
+
+def train_plain(train: Tensor, validation: Tensor, seconds: float) -> Curve:
+    """The recipe of nanoGPT's train.py with the CPU arguments of its README."""
+    context, batch, steps, warmup, lr, min_lr = 64, 12, 2000, 100, 1e-3, 1e-4
+    torch.manual_seed(1337)
+    model = Plain(int(train.max()) + 1, context, width=128, heads=4, layers=4)
+    matrices = [p for p in model.parameters() if p.ndim == 2]
+    others = [p for p in model.parameters() if p.ndim < 2]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}],
+        lr=lr,
+        betas=(0.9, 0.99),
+    )
+    window, every = torch.arange(context + 1), 250
+    starts = torch.arange(0, len(validation) - context, context)
+    curve: Curve = []
+    step, clock = 0, 0.0
+    while clock < seconds:
+        begin = time.perf_counter()
+        for _ in range(every):
+            rate = lr * (step + 1) / (warmup + 1)
+            if step >= warmup:
+                progress = min(1.0, (step - warmup) / (steps - warmup))
+                rate = min_lr + (lr - min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            text = train[torch.randint(len(train) - context, (batch, 1)) + window]
+            loss = model(text[:, :-1], text[:, 1:])
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            step += 1
+        clock += time.perf_counter() - begin
+        total = 0.0
+        with torch.no_grad():
+            for part in starts.split(128):
+                text = validation[part[:, None] + window]
+                total += float(model(text[:, :-1], text[:, 1:], "sum"))
+        curve.append((clock, step * batch * context, total / (len(starts) * context)))
+        print(f"  plain  {clock:6.1f} s  {step:6d} steps  {curve[-1][2]:.4f}", flush=True)
+    return curve
+
+
+def train_pygpt(path: Path, folder: Path, seconds: float, steps: int | None) -> Curve:
+    """The same text through `data.prepare` and `pretrain`."""
+    tok = Tokenizer.train([path], 257)  # bytes, which are characters here, and end-of-text
+    prepared = data.prepare(path, tok, folder / "data", validation=0.1)
+    shape = GPTConfig(vocab_size=tok.n_vocab, **SHAPE)
+    torch.manual_seed(1337)
+    model = GPT(shape)
+    with torch.no_grad():  # GPT-2's 0.02 suits its widths; narrow matrices learn sooner from more
+        for p in model.parameters():
+            if p.ndim == 2:
+                p.mul_(2.5)
+    if steps is None:
+        config = TrainConfig(**RECIPE)
+        task = Pretraining(prepared, shape.context_length, config)
+        steps = steps_for(seconds, model, task, config, evaluations=0)
+        print(f"  pygpt  a probe fixes {steps} steps; --steps {steps} repeats this run")
+    config = TrainConfig(steps=steps, eval_every=max(1, steps // 30), **RECIPE)
+    per_step = config.batch_size * shape.context_length
+    curve: Curve = []
+    begin, evaluating = 0.0, 0.0
+
+    def on_event(event: Event) -> None:
+        nonlocal begin, evaluating
+        if event.kind == "start":
+            begin = time.perf_counter()
+        elif event.kind == "eval":
+            evaluating += event.values["eval_seconds"]
+            clock = time.perf_counter() - begin - evaluating
+            curve.append((clock, event.step * per_step, event.values["val_loss"]))
+            print(f"  pygpt  {clock:6.1f} s  {event.step:6d} steps  {curve[-1][2]:.4f}", flush=True)
+
+    pretrain(model, prepared, config, out=folder / "run", on_event=on_event)
+    return curve
+
+
+def reached(curve: Curve, target: float) -> float:
+    """When the curve first came down to the target, on straight lines between evaluations."""
+    for (t0, _, loss0), (t1, _, loss1) in itertools.pairwise(curve):
+        if loss1 <= target < loss0:
+            return t0 + (t1 - t0) * (loss0 - target) / (loss0 - loss1)
+    return math.inf
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("text", type=Path)
+    parser.add_argument("--seconds", type=float, default=180.0)
+    parser.add_argument("--steps", type=int, help="of pygpt; by default what a probe says fits")
+    parser.add_argument("--only", choices=("plain", "pygpt"))
+    arguments = parser.parse_args()
+    raw = arguments.text.read_bytes()
+    characters = {c: i for i, c in enumerate(sorted(set(raw)))}
+    ids = torch.tensor([characters[c] for c in raw])
+    cut = int(len(ids) * 0.9)
+    print(f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    curves: dict[str, Curve] = {}
+    if arguments.only != "pygpt":
+        curves["plain PyTorch"] = train_plain(ids[:cut], ids[cut:], arguments.seconds)
+    if arguments.only != "plain":
+        with tempfile.TemporaryDirectory() as folder:
+            curves["pygpt"] = train_pygpt(
+                arguments.text, Path(folder), arguments.seconds, arguments.steps
+            )
+    print(
+        f"\n{'':16}{f's to {TARGET} nats':>16}{'lowest nats':>16}{'at the end':>16}{'tokens/s':>16}"
+    )
+    for name, curve in curves.items():
+        losses = [loss for _, _, loss in curve]
+        speed = curve[-1][1] / curve[-1][0]
+        when = reached(curve, TARGET)
+        print(f"{name:16}{when:16.1f}{min(losses):16.4f}{losses[-1]:16.4f}{speed:16,.0f}")
+
+
+if __name__ == "__main__":
+    main()
