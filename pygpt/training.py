@@ -356,7 +356,7 @@ class _Loop:
         for start in range(0, config.batch_size, config.micro_batch_size or config.batch_size):
             self.signals.check()
             micro = positions[start : start + (config.micro_batch_size or config.batch_size)]
-            torch.manual_seed(mix(config.seed, micro.start))  # dropout depends on position only
+            self.seed(mix(config.seed, micro.start))  # dropout depends on position only
             batch = {
                 k: v.to(self.device, non_blocking=True) for k, v in self.task.batch(micro).items()
             }
@@ -393,9 +393,15 @@ class _Loop:
     def evaluating(self) -> Iterator[None]:
         """Evaluation mode, without gradients."""
         self.model.eval()
-        torch.manual_seed(self.config.seed)
+        self.seed(self.config.seed)
         with torch.no_grad(), self.autocast():
             yield
+
+    def seed(self, seed: int) -> None:
+        # Not torch.manual_seed: without a GPU it remembers the call, with its stack, for each step.
+        torch.default_generator.manual_seed(seed)
+        if self.device.type != "cpu":
+            torch.get_device_module(self.device).manual_seed(seed)
 
     def autocast(self) -> torch.autocast:
         enabled = self.dtype is not torch.float32

@@ -92,9 +92,10 @@ class Dataset:
         # One window fewer than would fit leaves room for the offset.
         count = max(1, (self.train.ids.size - 1) // context_length - 1)
         room = min(context_length, self.train.ids.size - count * context_length)
-        offsets = [mix(seed, position // count) % room for position in positions]
-        starts = shuffled(positions, count, seed) * context_length + np.array(offsets, np.int64)
-        return self.train.window(starts, context_length)
+        offsets = np.array([mix(seed, position // count) % room for position in positions])
+        return self.train.window(
+            shuffled(positions, count, seed) * context_length + offsets, context_length
+        )
 
 
 def prepare(

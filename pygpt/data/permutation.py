@@ -1,7 +1,7 @@
 """A random order that is computed, not stored: the sample at a position is a pure function.
 
-A Feistel network over the smallest even number of bits that holds n, walked along its cycle until
-the result is below n (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002), is a
+A Feistel network over the fewest bits that hold n, walked along its cycle until the result is
+below n (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002), is a
 permutation of range(n). So a loader's whole state is one integer, and resuming costs nothing.
 """
 
@@ -11,14 +11,18 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 _ROUNDS = 6
+_WORD = 1 << 64
 
 
 def mix(*values: int) -> int:
     """One 63-bit integer that depends on every bit of `values`: a seed out of several."""
-    state = np.zeros(1, np.uint64)
+    state = 0
     for value in values:
-        state = _scramble(state + np.uint64(value & 0xFFFF_FFFF_FFFF_FFFF))
-    return int(state[0] >> np.uint64(1))
+        state = (state + value + 0x9E3779B97F4A7C15) % _WORD
+        state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 % _WORD
+        state = (state ^ state >> 27) * 0x94D049BB133111EB % _WORD
+        state ^= state >> 31
+    return state >> 1
 
 
 def shuffled(positions: ArrayLike, n: int, seed: int) -> NDArray[np.int64]:
@@ -39,12 +43,14 @@ def shuffled(positions: ArrayLike, n: int, seed: int) -> NDArray[np.int64]:
 
 
 def _feistel(index: NDArray[np.uint64], key: NDArray[np.uint64], n: int) -> NDArray[np.uint64]:
-    half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
-    mask = np.uint64((1 << int(half)) - 1)
-    left, right = index >> half, index & mask
-    for turn in range(_ROUNDS):
-        left, right = right, left ^ (_scramble(right + _scramble(key + np.uint64(turn))) & mask)
-    return (left << half) | right
+    bits = max(2, (n - 1).bit_length())
+    low_bits = np.uint64(bits // 2)
+    low_mask, high_mask = (np.uint64((1 << b) - 1) for b in (bits // 2, bits - bits // 2))
+    low, high = index & low_mask, index >> low_bits
+    for turn in range(0, _ROUNDS, 2):
+        low = low ^ (_scramble(high + key + np.uint64(turn << 48)) & low_mask)
+        high = high ^ (_scramble(low + key + np.uint64(turn + 1 << 48)) & high_mask)
+    return (high << low_bits) | low
 
 
 def _scramble(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
