@@ -40,6 +40,7 @@ from pygpt.checkpoint import (
 from pygpt.config import TrainConfig
 from pygpt.data import Dataset, mix
 from pygpt.errors import DataError, NumericError, ResourceError, Stopped, UsageError
+from pygpt.tokenizer import Tokenizer
 
 Batch = dict[str, Tensor]
 
@@ -665,8 +666,6 @@ def pretrain(
 
     The context length is the model's. The data's tokenizer is saved with the model.
     """
-    from pygpt.tokenizer import Tokenizer  # type: ignore[import-not-found, unused-ignore]
-
     if not isinstance(data, Dataset):
         data = Dataset.open(data)
     shape: Any = model.config

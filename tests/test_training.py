@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -20,9 +21,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pygpt import TrainConfig
+from pygpt import GPT, GPTConfig, Tokenizer, TrainConfig, pretrain
+from pygpt.data import Dataset, prepare
 from pygpt.errors import DataError, NumericError, ResourceError, Stopped, UsageError
-from pygpt.training import Batch, Event, Run, fit, steps_for
+from pygpt.training import Batch, Event, Pretraining, Run, fit, steps_for
 
 VOCAB, WIDTH = 23, 8
 CONFIG = TrainConfig(steps=12, batch_size=4, lr=5e-2, eval_every=5, checkpoint_every=4)
@@ -429,6 +431,69 @@ def test_an_unknown_device_is_named(tmp_path: Path) -> None:
 def test_a_bad_configuration_is_named(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         changed(**changes)
+
+
+# --- pretraining ---
+
+
+@pytest.fixture
+def prepared(tiny_corpus: Path, tmp_path: Path) -> Dataset:
+    return prepare(tiny_corpus, Tokenizer.train([tiny_corpus], 300), tmp_path / "data")
+
+
+def small_gpt(seed: int = 0, **changes: Any) -> GPT:
+    torch.manual_seed(seed)
+    shape = {"vocab_size": 300, "context_length": 16, "emb_dim": 16, "n_heads": 2, "n_layers": 1}
+    return GPT(GPTConfig(**{**shape, **changes}))
+
+
+def test_pretraining_learns_and_leaves_a_model_that_can_be_opened(
+    prepared: Dataset, tmp_path: Path
+) -> None:
+    config = TrainConfig(steps=40, batch_size=8, lr=1e-2, eval_every=20)
+    model = small_gpt()
+    run = pretrain(model, prepared.folder, config, out=tmp_path / "run")
+    values = [entry["val_loss"] for entry in run.metrics if "val_loss" in entry]
+    assert values[-1] < values[0] - 1
+    bits = values[-1] / math.log(2) * prepared.validation.ids.size / prepared.validation.characters
+    assert run.metrics[-1]["val_bits_per_character"] == pytest.approx(bits)
+    opened = GPT.from_pretrained(run.folder / "model").eval()
+    ids = torch.arange(10)[None]
+    torch.testing.assert_close(opened(ids), model(ids))
+    tok = Tokenizer.from_file(run.folder / "model" / "tokenizer.json")
+    assert tok.encode("the river") == Tokenizer.from_file(prepared.folder).encode("the river")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_gpt_with_dropout_resumes_to_the_same_bits(
+    prepared: Dataset, tmp_path: Path, dtype: Any
+) -> None:
+    config = TrainConfig(steps=8, batch_size=4, micro_batch_size=2, lr=1e-2, dtype=dtype)
+    whole = pretrain(small_gpt(), prepared, config, out=tmp_path / "whole")
+    with pytest.raises(Stopped):
+        pretrain(small_gpt(), prepared, config, out=tmp_path / "cut", on_event=stop_at(5))
+    cut = pretrain(small_gpt(seed=1), prepared, config, out=tmp_path / "cut")
+    assert digest(cut.folder) == digest(whole.folder)
+    assert whole.about["machine"]["dtype"] == dtype
+
+
+def test_evaluation_can_be_limited_to_some_batches(prepared: Dataset) -> None:
+    model, seen = small_gpt().eval(), []
+    loss = model.loss
+    model.loss = lambda ids, *args, **kwargs: seen.append(len(ids)) or loss(ids, *args, **kwargs)
+    config = TrainConfig(batch_size=4, eval_batches=2)
+    with torch.no_grad():
+        figures = Pretraining(prepared, 16, config).evaluate(model)
+    assert seen == [4, 4]
+    assert figures["val_loss"] == pytest.approx(math.log(300), abs=0.1)
+
+
+def test_data_that_does_not_fit_the_model_is_refused(prepared: Dataset, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="ids up to 299, but the model's vocab_size is 299"):
+        pretrain(small_gpt(vocab_size=299), prepared, CONFIG, out=tmp_path / "run")
+    with pytest.raises(DataError, match="fewer than one window of context_length"):
+        pretrain(small_gpt(context_length=10**5), prepared, CONFIG, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 # --- the run's folder ---

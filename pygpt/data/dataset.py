@@ -21,7 +21,7 @@ from pygpt.data.shards import HEADER, open_shard, write_shard
 from pygpt.errors import DataError
 
 if TYPE_CHECKING:
-    from pygpt.tokenizer import Tokenizer  # type: ignore[import-not-found, unused-ignore]
+    from pygpt.tokenizer import Tokenizer
 
 _ENCODED_TOGETHER = 1 << 24  # characters; bounds the memory that encoding takes
 
