@@ -100,10 +100,10 @@ def instruct(
     `data` is whatever `read_instructions` takes, split by `split` and the configuration's seed into
     train, validation and test with equal tasks and groups kept together, or a mapping with sources
     for "train", "validation" and perhaps "test". What is learnt is the answer and the end-of-text
-    after it; with `mask_prompt=False` the prompt too, which is what the book does. With `lora`, only
-    low-rank additions to the weights learn. Without a `config`: two epochs with the book's settings,
-    which suit a pretrained GPT-2; a small or fresh model wants a higher learning rate. Every
-    `config.sample_every` steps the shortest validation task is answered.
+    after it; with `mask_prompt=False` the prompt too, which is what the book does. With `lora`,
+    only low-rank additions to the weights learn. Without a `config`: two epochs with the book's
+    settings, which suit a pretrained GPT-2; a small or fresh model wants a higher learning rate.
+    Every `config.sample_every` steps the shortest validation task is answered.
 
     The run's folder `out` also receives the test part, `test.jsonl`. An example that does not fit
     the context is cut, or left out where none of its answer fits, with a warning that counts both.
