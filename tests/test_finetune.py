@@ -338,6 +338,39 @@ def test_a_finished_run_is_taken_up_without_training_again(classified):
     assert torch.equal(again.probabilities(["barks"]), clf.probabilities(["barks"]))
 
 
+@pytest.mark.parametrize("lora", [None, LoRAConfig(rank=2)])
+def test_a_run_that_broke_off_ends_as_one_that_did_not(tmp_path, lora):
+    def learn(out, on_event=None):
+        settings = config(8, checkpoint_every=3, batch_size=4)
+        return classify(
+            small_gpt(),
+            tokenizer(),
+            made_up_texts(),
+            settings,
+            out=out,
+            lora=lora,
+            on_event=on_event,
+        )
+
+    def break_off(event):
+        if event.kind == "step" and event.step == 5:
+            raise RuntimeError("the power failed")
+
+    with pytest.raises(RuntimeError, match="the power failed"):
+        learn(tmp_path / "broken", break_off)
+    resumed, whole = learn(tmp_path / "broken"), learn(tmp_path / "whole")
+    expected = weights(whole.model)
+    assert all(torch.equal(p, expected[name]) for name, p in resumed.model.named_parameters())
+
+
+def test_a_run_goes_on_only_with_the_same_data_and_method(classified):
+    _, out, model, _ = classified
+    with pytest.raises(UsageError, match="begun with other settings"):
+        classify(model, tokenizer(), made_up_texts(300), config(), out=out)
+    with pytest.raises(UsageError, match="begun with other settings"):
+        classify(model, tokenizer(), made_up_texts(400), config(), out=out, trains="head")
+
+
 @pytest.mark.parametrize("impl", ["auto", "torch"])
 def test_neighbours_and_padding_do_not_change_a_text_s_logits(impl):
     from pygpt import ops

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pygpt import ops
 from pygpt.config import GPTConfig, LoRAConfig, TrainConfig
 from pygpt.errors import DataError
 from pygpt.finetune.lora import LoRAModel
@@ -318,7 +319,7 @@ class _Classification:
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
         logits = model(batch["ids"], batch["lengths"])
-        return F.cross_entropy(logits.float(), batch["classes"], reduction="sum"), len(
+        return ops.cross_entropy(logits, batch["classes"], reduction="sum"), len(
             batch["classes"]
         )
 
