@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from pygpt import ops
 from pygpt.errors import NumericError
 from pygpt.model import GPT, KVCache
+from pygpt.tokenizer import EOT, Tokenizer
 
 
 @overload
@@ -81,7 +82,7 @@ def generate(
 
 def stream(
     model: GPT,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     prompt: str | Sequence[int],
     max_new_tokens: int = 100,
     *,
@@ -97,7 +98,7 @@ def stream(
     `generate`'s sampling parameters.
     """
     specials = tokenizer.special_tokens_set
-    if eos_id is None and "<|endoftext|>" in specials:
+    if eos_id is None and EOT in specials:
         eos_id = tokenizer.eot_token
     ids = tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
     if not ids and eos_id is not None:

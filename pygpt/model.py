@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from pygpt import ops, weights
 from pygpt.config import GPTConfig
+from pygpt.tokenizer import Tokenizer
 
 
 class KVCache:
@@ -281,7 +282,9 @@ class GPT(nn.Module):
         model.load_state_dict(dict(checkpoint.load(dtype, device)), assign=True)
         return model.eval()
 
-    def save_pretrained(self, folder: str | os.PathLike[str], tokenizer: Any = None) -> None:
+    def save_pretrained(
+        self, folder: str | os.PathLike[str], tokenizer: Tokenizer | None = None
+    ) -> None:
         """Write a folder that `from_pretrained` and transformers' AutoModelForCausalLM open.
 
         With a tokenizer the folder holds tokenizer.json too, for AutoTokenizer.

@@ -15,7 +15,9 @@ import torch
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
-from pygpt import GPT, GPTConfig, PygptError
+from pygpt import GPT, GPTConfig, PygptError, Tokenizer, generate
+from pygpt.config import GPT2_SIZES
+from pygpt.tokenizer import EOT
 from pygpt.weights.layout import shapes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -150,6 +152,49 @@ def test_transformers_opens_it_with_equal_logits_and_gradients(
     ours = model.blocks[0].att.qkv.weight.grad
     other = theirs.transformer.h[0].attn.c_attn.weight.grad.T
     assert (ours - other).abs().max() <= 1e-4 * other.abs().max()
+
+
+@pytest.mark.parametrize("size", [*GPT2_SIZES])
+def test_every_gpt2_size_has_transformers_logits(tmp_path: Path, size: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = GPTConfig.preset(size, n_layers=2, vocab_size=97, drop_rate=0.0)
+    model = random_model(**config.to_dict())
+    model.save_pretrained(tmp_path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    ids = torch.randint(97, (1, 300))
+    with torch.no_grad():
+        expected = theirs(ids).logits
+        assert (model(ids) - expected).abs().max() <= 2e-5 * expected.abs().max()
+
+
+def test_200_greedy_tokens_are_those_of_transformers(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    model = random_model(context_length=256, n_layers=3)
+    model.save_pretrained(tmp_path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    ids = torch.tensor([[5, 6, 7], [1, 2, 3]])
+    expected = theirs.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=200, do_sample=False, pad_token_id=0
+    )
+    assert generate(model, ids, 200, temperature=0.0) == expected.tolist()
+
+
+def test_the_tokenizer_goes_along_and_opens_in_transformers(
+    tmp_path: Path, tiny_corpus: Path
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    text = tiny_corpus.read_text(encoding="utf-8")
+    tok = Tokenizer.train([text], 300)
+    random_model(vocab_size=tok.n_vocab).save_pretrained(tmp_path, tok)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    text = "Don't fall in,\n\n said the 3rd Bär!"
+    assert theirs(text)["input_ids"] == tok.encode(text)
+    assert theirs.decode(tok.encode(text)) == text
+    assert theirs(EOT)["input_ids"] == [tok.eot_token] == [theirs.eos_token_id]
+    assert Tokenizer.from_file(tmp_path).encode(text) == tok.encode(text)
+    assert json.loads((tmp_path / "config.json").read_text())["eos_token_id"] == tok.eot_token
+    with pytest.raises(PygptError, match="300 words do not fit the model's 61"):
+        random_model().save_pretrained(tmp_path, tok)
 
 
 def test_transformers_own_folder_is_read(tmp_path: Path) -> None:

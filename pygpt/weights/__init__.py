@@ -14,11 +14,11 @@ from torch import Tensor
 
 from pygpt.config import GPTConfig
 from pygpt.errors import DataError, UsageError
+from pygpt.tokenizer import EOT, Tokenizer
 from pygpt.weights import gguf, hub, huggingface, llmc, openai, pickled
 from pygpt.weights.files import refuse_stand_ins, write_safetensors, write_whole
 from pygpt.weights.layout import Checkpoint, LazyTensor
 
-END_OF_TEXT = "<|endoftext|>"
 _DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -91,6 +91,9 @@ def convert(
         for name in (tokenizer.name, "tokenizer_config.json"):
             if (folder / name).is_file() and folder.resolve() != target.resolve():
                 shutil.copyfile(folder / name, target / name)
+        if (folder / "encoder.json").is_file() and not tokenizer.is_file():  # OpenAI's
+            _save_tokenizer(target, Tokenizer.from_file(folder), checkpoint.config)
+            tokenizer = target / tokenizer.name
     count = sum(tensor.numel for tensor in checkpoint.tensors.values())
     words = "with its tokenizer" if tokenizer.is_file() else "without a tokenizer"
     written = "GGUF" if target.suffix == ".gguf" else "Hugging Face"
@@ -157,16 +160,26 @@ def save(
     folder: str | os.PathLike[str],
     config: GPTConfig,
     tensors: Mapping[str, Tensor],
-    tokenizer: Any = None,
+    tokenizer: Tokenizer | None = None,
 ) -> None:
     """Write a model (and its tokenizer) as a folder that transformers opens too."""
     folder = Path(folder)
     lazy = {name: LazyTensor.of(tensor.detach()) for name, tensor in tensors.items()}
     eos_id = None
-    if tokenizer is not None and END_OF_TEXT in tokenizer.special_tokens_set:
-        eos_id = tokenizer.encode_single_token(END_OF_TEXT)
-    huggingface.write(folder, config, lazy, eos_id=eos_id)
     if tokenizer is not None:
-        tokenizer.save(folder / "tokenizer.json")
-        eos = END_OF_TEXT if eos_id is not None else None
-        huggingface.write_tokenizer_config(folder, eos, config.context_length)
+        if tokenizer.n_vocab > config.vocab_size:
+            raise UsageError(
+                f"the tokenizer's {tokenizer.n_vocab} words do not fit the model's "
+                f"{config.vocab_size}"
+            )
+        eos_id = _save_tokenizer(folder, tokenizer, config)
+    huggingface.write(folder, config, lazy, eos_id=eos_id)
+
+
+def _save_tokenizer(folder: Path, tokenizer: Tokenizer, config: GPTConfig) -> int | None:
+    """Write what AutoTokenizer needs; returns the id of the end of a text."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(folder / "tokenizer.json")
+    has_end = EOT in tokenizer.special_tokens_set
+    huggingface.write_tokenizer_config(folder, EOT if has_end else None, config.context_length)
+    return tokenizer.eot_token if has_end else None
