@@ -174,7 +174,11 @@ def test_200_greedy_tokens_are_those_of_transformers(tmp_path: Path) -> None:
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     ids = torch.tensor([[5, 6, 7], [1, 2, 3]])
     expected = theirs.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=200, do_sample=False, pad_token_id=0
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=200,
+        do_sample=False,
+        pad_token_id=0,
     )
     assert generate(model, ids, 200, temperature=0.0) == expected.tolist()
 
