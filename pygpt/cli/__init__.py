@@ -6,13 +6,17 @@ so Python and command line agree. Nothing heavy is imported before a verb is kno
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import errno
+import functools
 import importlib
+import io
 import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from pygpt.errors import PygptError
 
@@ -72,16 +76,39 @@ def _run(args: list[str]) -> int:
 
 
 def _call(verb: str, args: list[str]) -> int:
-    import tyro
-
     room, _, name = VERBS[verb][0].partition(":")
     function: Callable[..., int | None] = getattr(
         importlib.import_module(f"pygpt.cli.{room}"), name
     )
+    bound = _parse(verb, function, args)
+    return bound if isinstance(bound, int) else bound() or 0
+
+
+def _parse(
+    verb: str, function: Callable[..., int | None], args: list[str]
+) -> int | Callable[[], int | None]:
+    """The call that the flags ask for, or the exit code where --help or a mistake ends it here."""
+    import tyro
+
+    @functools.wraps(function)
+    def bind(*values: Any, **named: Any) -> Callable[[], int | None]:
+        return functools.partial(function, *values, **named)
+
+    complaint = io.StringIO()
     try:
-        return tyro.cli(function, args=args, prog=f"pygpt {verb}") or 0
-    except SystemExit as stop:  # tyro's: 0 after --help, 2 after a usage error
-        return stop.code if isinstance(stop.code, int) else BAD_USAGE
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(
+                bind, args=args, prog=f"pygpt {verb}", config=(tyro.conf.FlagCreatePairsOff,)
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            return 0
+    # tyro draws a box around its complaint; here an error is one line
+    lines = [line.strip("│╰─╯ \n") for line in complaint.getvalue().splitlines() if line[:1] == "│"]
+    said, _, near = " ".join(line for line in lines if line).partition("Perhaps you meant:")
+    said = said.split("For full helptext")[0].strip().rstrip(".")
+    hint = f"did you mean {near.split()[0].rstrip(',')}? " if near.split() else ""
+    raise _usage(f"{verb}: {said}; {hint}'pygpt {verb} --help' shows all flags")
 
 
 def _overview() -> str:
