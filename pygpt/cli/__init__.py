@@ -22,6 +22,17 @@ from pygpt.errors import PygptError
 
 # Verb -> module and function, and what it does in a line. Two words where a noun comes first.
 VERBS: dict[str, tuple[str, str]] = {
+    "tokenizer train": ("text:train", "train a byte-level BPE vocabulary on files"),
+    "tokenizer encode": ("text:encode", "text to token ids, or how many there are"),
+    "tokenizer decode": ("text:decode", "token ids to text"),
+    "prepare": ("train:prepare", "text files to token shards"),
+    "pretrain": ("train:pretrain", "train a GPT from scratch on text files or shards"),
+    "finetune classify": ("tune:classify", "teach a pretrained model to sort texts into classes"),
+    "finetune instruct": ("tune:instruct", "teach a pretrained model to follow instructions"),
+    "predict": ("use:predict", "sort texts with a model made by finetune classify"),
+    "generate": ("use:generate", "continue a prompt"),
+    "chat": ("use:chat", "give instructions to a model made by finetune instruct"),
+    "eval": ("use:evaluate", "measure a model on text, labelled texts or instructions"),
     "doctor": ("machine:doctor", "what runs here and how; tests every native op against its twin"),
 }
 

@@ -78,8 +78,11 @@ class TrainingDisplay:
     def _start(self, event: Event) -> None:
         machine: dict[str, Any] = event.values["machine"]
         dtype = getattr(torch, machine["dtype"])
-        device = torch.device("cuda" if torch.cuda.is_available() and machine["device"] not in
-                              ("cpu", "mps") else machine["device"])
+        device = torch.device(
+            "cuda"
+            if torch.cuda.is_available() and machine["device"] not in ("cpu", "mps")
+            else machine["device"]
+        )
         self._say(header(device, dtype, self.head_dim))
         if event.values["resumed"]:
             self._say(f"going on from step {event.step} of {event.steps}")

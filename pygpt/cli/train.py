@@ -161,7 +161,9 @@ def _data(
 
 
 def _train_tokenizer(files: tuple[Path, ...], vocab_size: int, text_key: str) -> Tokenizer:
-    texts = (text for file in data.list_files(files) for text in data.read_documents(file, text_key))
+    texts = (
+        text for file in data.list_files(files) for text in data.read_documents(file, text_key)
+    )
     return Tokenizer.train(texts, vocab_size)
 
 
@@ -170,7 +172,9 @@ def _shape(preset: Preset, shape: GPTConfig, vocab_size: int) -> GPTConfig:
         return GPTConfig(**{**shape.to_dict(), "vocab_size": vocab_size})
     changed = {k: v for k, v in shape.to_dict().items() if v != getattr(SMALL, k)}
     changed.pop("vocab_size", None)
-    return GPTConfig.preset(preset, **{"drop_rate": SMALL.drop_rate, **changed, "vocab_size": vocab_size})
+    return GPTConfig.preset(
+        preset, **{"drop_rate": SMALL.drop_rate, **changed, "vocab_size": vocab_size}
+    )
 
 
 def _steps(
@@ -212,6 +216,8 @@ def _estimate(model: GPT, prepared: data.Dataset, config: TrainConfig, json: boo
 
 def _continue(tok: Tokenizer, prompt: str) -> Any:
     def sample(model: Any) -> str:
-        return prompt + "".join(stream(model, tok, prompt, max_new_tokens=40, temperature=0.8, seed=0))
+        return prompt + "".join(
+            stream(model, tok, prompt, max_new_tokens=40, temperature=0.8, seed=0)
+        )
 
     return sample
