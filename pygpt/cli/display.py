@@ -1,4 +1,4 @@
-"""How a run looks in a terminal: a header that says what computes it, a live line, its evaluations."""
+"""How a run looks in a terminal: what computes it, a live line, its evaluations."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ console = Console(highlight=False)
 
 
 def header(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
-    """One line: device, dtype, threads, and for each op which backend runs, and why where not ours."""
+    """One line: device, dtype, threads, and which backend runs each op, with the reason."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     facts = [name, str(dtype).removeprefix("torch.")]
     if device.type == "cpu":
@@ -30,7 +30,7 @@ def header(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
 
 
 class TrainingDisplay:
-    """Shows the events of `training.fit`: live in a terminal, plain lines elsewhere, JSON if asked."""
+    """Shows the events of `training.fit`: live in a terminal, else lines, or JSON if asked."""
 
     def __init__(self, *, as_json: bool = False, head_dim: int = 64) -> None:
         self.as_json, self.head_dim = as_json, head_dim

@@ -26,7 +26,7 @@ def load_tokenizer(name: str) -> Tokenizer:
 
 
 def model_folder(path: Path, kind: str = "") -> Path:
-    """The folder with the files of a model: `path`, its model/, or of several runs the one of `kind`.
+    """The folder with a model's files: `path`, its model/, or of several runs that of `kind`.
 
     A folder of runs (runs/demo holds pretrain, classify and instruct) without the run `kind` is a
     UsageError that lists them.

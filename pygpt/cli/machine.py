@@ -79,10 +79,7 @@ def _facts() -> dict[str, str]:
 
 
 def _check_tokenizer() -> str:
-    text = (
-        "the cat sat on the mat; the dog's hat isn't flat.\n  \u00c9t\u00e9 \u6f22\u5b57 \U0001f600 123"
-        * 20
-    )
+    text = "the cat sat on the mat; it isn't flat.\n \u00c9t\u00e9 \u6f22\u5b57 \U0001f600 12" * 20
     tok = Tokenizer.train([text], 300)
     twin = reference.train_bpe([text], 300)
     _must(tok.mergeable_ranks == twin, "merges differ from the twin's")

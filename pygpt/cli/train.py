@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json as json_module
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -10,7 +11,7 @@ from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from pygpt import GPT, Tokenizer, data, training
 from pygpt.cli.display import TrainingDisplay, console, header
-from pygpt.cli.folders import load_model, load_tokenizer
+from pygpt.cli.folders import load_tokenizer
 from pygpt.config import GPTConfig, TrainConfig
 from pygpt.errors import UsageError
 from pygpt.generation import stream
@@ -27,7 +28,7 @@ SMALL = GPTConfig(
     drop_rate=0.0,
     tie_weights=True,
 )
-DRY_RUN_PROBE_SECONDS = 3.0
+DEFAULTS = TrainConfig()
 
 
 def prepare(
@@ -76,7 +77,7 @@ def pretrain(
     tokenizer: str = "",
     preset: Preset = "none",
     model: OmitArgPrefixes[GPTConfig] = SMALL,
-    train: OmitArgPrefixes[TrainConfig] = TrainConfig(),
+    train: OmitArgPrefixes[TrainConfig] = DEFAULTS,
     minutes: float | None = None,
     validation: float = 0.1,
     text_key: str = "text",
@@ -116,10 +117,10 @@ def pretrain(
     network = GPT(shape)
     config = train
     if prompt and not config.sample_every:
-        config = config.replace(sample_every=config.eval_every)
+        config = dataclasses.replace(config, sample_every=config.eval_every)
     device = training.choose_device(config.device)
     if minutes is not None:
-        config = config.replace(steps=_steps(minutes, network, prepared, config, out))
+        config = dataclasses.replace(config, steps=_steps(minutes, network, prepared, config, out))
     if dry_run:
         return _estimate(network, prepared, config, json)
     if not json:
@@ -132,7 +133,6 @@ def pretrain(
             out=out,
             resume=resume,
             allow=allow,
-            tokenizer=tok,
             sample=_continue(tok, prompt) if prompt else None,
             on_event=display,
         )
