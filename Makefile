@@ -57,6 +57,25 @@ test: lint
 bench: $(VENV)/.installed
 	@set -e; for bench in benchmarks/bench_*.py; do echo "== $$bench"; $(BIN)/python $$bench; done
 
+# The module built with the sanitizers, in a copy of the package; -S keeps the installed one out.
+SANITIZE := build/sanitize
+SANITIZED_TESTS ?= tests/test_tokenizer*.py tests/test_attention.py tests/test_sampling.py \
+  tests/test_cross_entropy.py
+sanitize: $(VENV)/.installed
+	@mkdir -p $(SANITIZE)/site && rm -rf $(SANITIZE)/site/*
+	@cp -r pygpt tests $(SANITIZE)/site && rm -f $(SANITIZE)/site/pygpt/*.so
+	@PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B $(SANITIZE)/build -G Ninja -DPYGPT_CUDA=OFF \
+	  -DPython_EXECUTABLE=$(abspath $(BIN)/python) -DCMAKE_BUILD_TYPE=None \
+	  -DCMAKE_LIBRARY_OUTPUT_DIRECTORY=$(abspath $(SANITIZE))/site/pygpt \
+	  -DCMAKE_CXX_FLAGS="-g -fsanitize=address,undefined -fno-sanitize-recover=undefined" > /dev/null
+	@$(BIN)/cmake --build $(SANITIZE)/build
+	@cd $(SANITIZE)/site && \
+	  LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 \
+	  PYTHONPATH="$$PWD:$$($(abspath $(BIN))/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" \
+	  $(abspath $(BIN))/python -S -m pytest -p no:cacheprovider -o pythonpath="$$PWD" \
+	  $(SANITIZED_TESTS)
+
 cuda-check:
 	@tools/cuda_check.sh
 
