@@ -33,14 +33,23 @@ class GPTConfig:
     """
 
     vocab_size: int = 50257
+    """Number of tokens."""
     context_length: int = 1024
+    """The most tokens that the model sees at once."""
     emb_dim: int = 768
+    """Width: channels of every hidden state."""
     n_heads: int = 12
+    """Attention heads; divides emb_dim."""
     n_layers: int = 12
+    """Transformer blocks."""
     drop_rate: float = 0.1
+    """Dropout while training; 0 for none."""
     qkv_bias: bool = False
+    """Whether query, key and value projections have biases."""
     tie_weights: bool = False
-    exact_gelu: bool = False  # by erf, as nanoGPT trains, in place of GPT-2's tanh approximation
+    """Whether the output matrix is the token embedding."""
+    exact_gelu: bool = False
+    """GELU by erf, as nanoGPT trains, in place of GPT-2's tanh approximation."""
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "context_length", "emb_dim", "n_heads", "n_layers"):
@@ -85,36 +94,49 @@ class GPTConfig:
 class TrainConfig:
     """How a network is trained; the same for pretraining and every kind of fine-tuning.
 
-    One step updates the weights once, from `batch_size` samples, which are taken `micro_batch_size`
-    at a time (None: all at once). The learning rate rises linearly over `warmup_steps` (None: a
-    twentieth of the steps) to `lr` and falls along a cosine to `min_lr` at the last step. AdamW
-    decays matrices only. `eval_every` and `checkpoint_every` count steps; 0 means only at the end
-    (`sample_every` 0: never). `eval_batches` limits an evaluation; 0 means all of the validation
-    data. `dtype` "auto" computes in bfloat16 where the device has it and it is not slower; weights
-    and optimiser stay float32.
+    The learning rate rises linearly over the warm-up to `lr` and falls along a cosine to `min_lr` at
+    the last step.
 
     >>> TrainConfig(steps=200, lr=1e-3).learning_rate(200)
     0.0
     """
 
     steps: int = 1000
+    """Updates of the weights."""
     batch_size: int = 32
+    """Samples per step."""
     micro_batch_size: int | None = None
+    """Samples computed at a time; less memory, the same result. None: all at once."""
     lr: float = 1e-3
+    """Peak learning rate."""
     min_lr: float = 0.0
+    """Learning rate at the last step."""
     warmup_steps: int | None = None
+    """Steps of rising learning rate. None: a twentieth of all."""
     weight_decay: float = 0.1
+    """AdamW's decay of matrices (not of biases and norms)."""
     beta1: float = 0.9
+    """AdamW's first moment."""
     beta2: float = 0.99
+    """AdamW's second moment."""
     grad_clip: float = 1.0
+    """Largest norm of the gradient; 0 for none."""
     eval_every: int = 250
+    """Steps between evaluations; 0: only at the end."""
     eval_batches: int = 0
+    """Batches of an evaluation; 0: all of the validation data."""
     sample_every: int = 0
+    """Steps between samples; 0: none."""
     checkpoint_every: int = 500
+    """Steps between checkpoints; 0: only at the end."""
     keep_checkpoints: int = 2
+    """How many of the newest checkpoints stay."""
     dtype: Precision = "auto"
+    """Of the computation; weights and optimiser stay float32. auto: bfloat16 where it is faster."""
     device: str = "auto"
+    """auto (cuda, mps or cpu), or one of them."""
     seed: int = 0
+    """Of the order of the samples and of dropout."""
 
     def __post_init__(self) -> None:
         positive = ("steps", "batch_size", "micro_batch_size", "keep_checkpoints")
