@@ -94,8 +94,8 @@ class GPTConfig:
 class TrainConfig:
     """How a network is trained; the same for pretraining and every kind of fine-tuning.
 
-    The learning rate rises linearly over the warm-up to `lr` and falls along a cosine to `min_lr` at
-    the last step.
+    The learning rate rises linearly over the warm-up to `lr` and falls along a cosine to `min_lr`
+    at the last step.
 
     >>> TrainConfig(steps=200, lr=1e-3).learning_rate(200)
     0.0
