@@ -15,7 +15,7 @@ def load_tokenizer(name: str) -> Tokenizer:
     if name in PUBLISHED:
         return Tokenizer.from_pretrained(name)
     if name == "bytes":
-        return Tokenizer.train([], 257)
+        return Tokenizer.train(["a"], 257)
     path = Path(name)
     if not path.exists():
         raise FileNotFoundError(

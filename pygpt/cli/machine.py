@@ -79,14 +79,18 @@ def _facts() -> dict[str, str]:
 
 
 def _check_tokenizer() -> str:
-    text = "the cat sat on the mat; it isn't flat.\n \u00c9t\u00e9 \u6f22\u5b57 \U0001f600 12" * 20
-    tok = Tokenizer.train([text], 300)
-    twin = reference.train_bpe([text], 300)
-    _must(tok.mergeable_ranks == twin, "merges differ from the twin's")
-    ids = tok.encode(text)
-    _must(ids == reference.encode_bpe(text, twin), "ids differ from the twin's")
-    _must(tok.decode(ids) == text, "decoding does not give the text back")
-    return f"{len(ids)} ids equal"
+    words = "the other weather feather gathers rather than being here whether there \u6f22\u5b57 \u00e9t\u00e9"
+    pieces = [f" {word}" for word in words.split() * 3]  # each is one piece of the gpt2 pattern
+    tok = Tokenizer.train(pieces, 280)
+    token = [tok.decode_single_token_bytes(i) for i in range(279)]
+    counts = {piece.encode(): pieces.count(piece) for piece in pieces}
+    _must(token == reference.bpe_train(counts, [t[0] for t in token[:256]], 23), "other merges")
+    ranks = {symbol: rank for rank, symbol in enumerate(token)}
+    wanted = [i for piece in pieces for i in reference.bpe_encode(ranks, piece.encode())]
+    ids = tok.encode_ordinary("".join(pieces))
+    _must(ids == wanted, "other ids")
+    _must(tok.decode(ids) == "".join(pieces), "decoding does not give the text back")
+    return f"{len(token)} tokens and {len(ids)} ids equal"
 
 
 def _check_attention() -> str:
