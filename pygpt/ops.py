@@ -52,6 +52,16 @@ def _share_torch_threads() -> None:
 
 _share_torch_threads()
 
+
+def native_info() -> dict[str, Any]:
+    """What the native module is: its file, instruction sets (in use, available) and CUDA state."""
+    return {
+        "file": _native.__file__,
+        "isa": _native.isa(),
+        "available_isas": _native.available_isas(),
+        "cuda": _native.cuda_info(),
+    }
+
 _library = torch.library.Library("pygpt", "DEF")  # type: ignore[no-untyped-call]
 
 # The dtypes of csrc/cpu/kernels.h.

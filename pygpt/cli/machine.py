@@ -79,7 +79,7 @@ def _facts() -> dict[str, str]:
 
 
 def _check_tokenizer() -> str:
-    words = "the other weather feather gathers rather than being here whether there \u6f22\u5b57 \u00e9t\u00e9"
+    words = "the other weather feather gathers rather being \u6f22\u5b57 \u00e9t\u00e9"
     pieces = [f" {word}" for word in words.split() * 3]  # each is one piece of the gpt2 pattern
     tok = Tokenizer.train(pieces, 280)
     token = [tok.decode_single_token_bytes(i) for i in range(279)]
