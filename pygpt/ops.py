@@ -62,6 +62,7 @@ def native_info() -> dict[str, Any]:
         "cuda": _native.cuda_info(),
     }
 
+
 _library = torch.library.Library("pygpt", "DEF")  # type: ignore[no-untyped-call]
 
 # The dtypes of csrc/cpu/kernels.h.

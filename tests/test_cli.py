@@ -31,7 +31,8 @@ def place(tmp_path_factory):
     (folder / "book.txt").write_text(prose(1))
     rows = [f"{'day' if i % 2 else 'night'}\t{'sun' if i % 2 else 'moon'} {i}" for i in range(60)]
     (folder / "texts.tsv").write_text("\n".join(["label\ttext", *rows]) + "\n")
-    tasks = [{"instruction": "Repeat:", "input": w, "output": w} for w in WORDS * 3]
+    pairs = [f"{a} {b}" for a in WORDS for b in WORDS]
+    tasks = [{"instruction": "Repeat:", "input": pair, "output": pair} for pair in pairs]
     (folder / "tasks.json").write_text(json.dumps(tasks))
     runs = folder / "runs"
     short = ["--device", "cpu", "--steps", "4", "--eval-every", "2"]

@@ -115,7 +115,7 @@ def _parse(
         if not stop.code:
             return 0
     # tyro draws a box around its complaint; here an error is one line
-    lines = [line.strip("│╰─╯ \n") for line in complaint.getvalue().splitlines() if line[:1] == "│"]
+    lines = [line.strip("│| \n") for line in complaint.getvalue().splitlines() if line[:1] in "│|"]
     said, _, near = " ".join(line for line in lines if line).partition("Perhaps you meant:")
     said = said.split("For full helptext")[0].strip().rstrip(".")
     hint = f"did you mean {near.split()[0].rstrip(',')}? " if near.split() else ""

@@ -36,6 +36,7 @@ class TrainingDisplay:
         self.as_json, self.head_dim = as_json, head_dim
         self.progress: Progress | None = None
         self.loss = float("nan")
+        self.unit = "tokens"
 
     def __enter__(self) -> TrainingDisplay:
         if console.is_terminal and not self.as_json:
@@ -84,6 +85,7 @@ class TrainingDisplay:
             else machine["device"]
         )
         self._say(header(device, dtype, self.head_dim))
+        self.unit = "tokens" if event.values["task"] == "pretrain" else "targets"
         if event.values["resumed"]:
             self._say(f"going on from step {event.step} of {event.steps}")
 
@@ -91,12 +93,14 @@ class TrainingDisplay:
         loss, rate = event.values["loss"], event.values["tokens_per_second"]
         self.loss = loss if self.loss != self.loss else 0.95 * self.loss + 0.05 * loss
         if self.progress:
-            said = f"loss {self.loss:.3f}  {rate:,.0f} tokens/s"
+            said = f"loss {self.loss:.3f}  {rate:,.0f} {self.unit}/s"
             self.progress.update(
                 self.bar, completed=event.step, total=event.steps, description=said
             )
         elif event.step % max(1, event.steps // 20) == 0:
-            self._say(f"step {event.step:>6}/{event.steps}  loss {loss:.4f}  {rate:,.0f} tokens/s")
+            self._say(
+                f"step {event.step:>6}/{event.steps}  loss {loss:.4f}  {rate:,.0f} {self.unit}/s"
+            )
 
     def _say(self, text: str) -> None:
         console.print(text, markup=False, soft_wrap=True)

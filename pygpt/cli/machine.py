@@ -11,13 +11,10 @@ from typing import Any
 
 import torch
 from huggingface_hub.constants import HF_HUB_CACHE
-from rich.console import Console
 
 import pygpt
 from pygpt import Tokenizer, ops, reference, training
 from pygpt.errors import PygptError
-
-console = Console(highlight=False)
 
 
 def doctor(*, json: bool = False) -> int:
@@ -31,7 +28,7 @@ def doctor(*, json: bool = False) -> int:
     facts = _facts()
     if not json:
         for name, value in facts.items():
-            console.print(f"{name:24} {value}", markup=False, soft_wrap=True)
+            print(f"{name:24} {value}")
     results: dict[str, str] = {}
     for name, check in CHECKS.items():
         began = time.perf_counter()
@@ -42,7 +39,7 @@ def doctor(*, json: bool = False) -> int:
         else:
             results[name] = f"ok, {said} ({time.perf_counter() - began:.1f} s)"
         if not json:
-            console.print(f"{name:24} {results[name]}", markup=False, soft_wrap=True)
+            print(f"{name:24} {results[name]}")
     if json:
         print(json_module.dumps({**facts, "checks": results}))
     failed = [name for name, result in results.items() if result.startswith("FAILED")]

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from pygpt import GPT, Tokenizer, data, training
-from pygpt.cli.display import TrainingDisplay, console, header
+from pygpt.cli.display import TrainingDisplay, header
 from pygpt.cli.folders import load_tokenizer
 from pygpt.config import GPTConfig, TrainConfig
 from pygpt.errors import UsageError
@@ -64,8 +64,8 @@ def prepare(
         print(json_module.dumps({"out": str(out), "vocab_size": prepared.vocab_size, **sizes}))
     else:
         said = ", ".join(f"{name} {count:,} tokens" for name, count in sizes.items())
-        console.print(f"{out}: vocabulary {prepared.vocab_size:,}, {said}", markup=False)
-        console.print(f"next: pygpt pretrain {out} --out runs/{out.name}", markup=False)
+        print(f"{out}: vocabulary {prepared.vocab_size:,}, {said}")
+        print(f"next: pygpt pretrain {out} --out runs/{out.name}")
     return 0
 
 
@@ -124,7 +124,7 @@ def pretrain(
     if dry_run:
         return _estimate(network, prepared, config, json)
     if not json:
-        console.print(repr(network), markup=False)
+        print(repr(network))
     with TrainingDisplay(as_json=json, head_dim=shape.head_dim) as display:
         training.pretrain(
             network,
@@ -137,8 +137,8 @@ def pretrain(
             on_event=display,
         )
     if not json:
-        console.print(f"{out}/model is trained on {device}; next:", markup=False)
-        console.print(f'  pygpt generate {out} "{prompt or "Once"}"', markup=False)
+        print(f"{out}/model is trained on {device}; next:")
+        print(f'  pygpt generate {out} "{prompt or "Once"}"')
     return 0
 
 
@@ -185,7 +185,7 @@ def _steps(
         return int(training.Run(out).about["train"]["steps"])
     task = training.Pretraining(prepared, model.config.context_length, config)
     steps = training.steps_for(60 * minutes, model, task, config)
-    console.print(f"{minutes:g} minutes here: --steps {steps} --seed {config.seed}", markup=False)
+    print(f"{minutes:g} minutes here: --steps {steps} --seed {config.seed}")
     return steps
 
 
@@ -208,9 +208,9 @@ def _estimate(model: GPT, prepared: data.Dataset, config: TrainConfig, json: boo
     else:
         device = training.choose_device(config.device)
         dtype = training.choose_dtype(config.dtype, device, model)
-        console.print(header(device, dtype, model.config.head_dim), markup=False)
+        print(header(device, dtype, model.config.head_dim))
         for name, value in estimate.items():
-            console.print(f"{name.replace('_', ' '):45} {value:,}", markup=False)
+            print(f"{name.replace('_', ' '):45} {value:,}")
     return 0
 
 

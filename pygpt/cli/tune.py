@@ -10,7 +10,7 @@ from typing import Any, Literal
 from tyro.conf import OmitArgPrefixes, Positional
 
 from pygpt import finetune
-from pygpt.cli.display import TrainingDisplay, console
+from pygpt.cli.display import TrainingDisplay
 from pygpt.cli.folders import load_model
 from pygpt.config import TrainConfig
 from pygpt.errors import UsageError
@@ -65,8 +65,8 @@ def classify(
         print(report.read_text().strip() if report.exists() else "{}")
         return 0
     if report.exists():
-        console.print(str(classifier.report(out / "test.jsonl")), markup=False)
-    console.print(f'next: pygpt predict {out} "a text to sort"', markup=False)
+        print(str(classifier.report(out / "test.jsonl")))
+    print(f'next: pygpt predict {out} "a text to sort"')
     return 0
 
 
@@ -122,9 +122,9 @@ def instruct(
             print(json_module.dumps(figures))
         else:
             said = f"{figures['exact_match']:.1%} exact, loss {figures['loss']:.3f}"
-            console.print(f"{figures['tasks']} held-out tasks: {said}", markup=False)
+            print(f"{figures['tasks']} held-out tasks: {said}")
     if not json:
-        console.print(f"next: pygpt chat {out}", markup=False)
+        print(f"next: pygpt chat {out}")
     return 0
 
 
