@@ -13,6 +13,7 @@ import functools
 import importlib
 import io
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -114,9 +115,10 @@ def _parse(
     except SystemExit as stop:
         if not stop.code:
             return 0
-    # tyro draws a box around its complaint; here an error is one line
-    lines = [line.strip("│| \n") for line in complaint.getvalue().splitlines() if line[:1] in "│|"]
-    said, _, near = " ".join(line for line in lines if line).partition("Perhaps you meant:")
+    # tyro draws a box with a title around its complaint; here an error is one line
+    lines = [re.sub("[│╭╮╰╯─]", " ", line).strip() for line in complaint.getvalue().splitlines()]
+    _, *words = [line for line in lines if line.strip("-")] or [""]
+    said, _, near = " ".join(words).partition("Perhaps you meant:")
     said = said.split("For full helptext")[0].strip().rstrip(".")
     hint = f"did you mean {near.split()[0].rstrip(',')}? " if near.split() else ""
     raise _usage(f"{verb}: {said}; {hint}'pygpt {verb} --help' shows all flags")
