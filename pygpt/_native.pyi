@@ -53,6 +53,21 @@ def sample(
     arg11: int,
     arg12: int,
 ) -> None: ...
+def sgemm(
+    arg0: int,
+    arg1: int,
+    arg2: int,
+    arg3: int,
+    arg4: int,
+    arg5: int,
+    arg6: int,
+    arg7: int,
+    arg8: int,
+    arg9: int,
+    arg10: int,
+    arg11: int,
+    arg12: bool,
+) -> None: ...
 def count_targets(arg0: int, arg1: int, arg2: int, arg3: int) -> int: ...
 def cross_entropy(
     arg0: int,

@@ -10,6 +10,7 @@ void sample(const SampleArgs&);
 void cross_entropy(const CrossEntropyArgs&);
 void attention_forward(const AttentionArgs&);
 void attention_backward(const AttentionArgs&);
+void sgemm(const SgemmArgs&);
 
 extern const CpuKernels kernels;
 const CpuKernels kernels = {
@@ -18,6 +19,7 @@ const CpuKernels kernels = {
     .cross_entropy = cross_entropy,
     .attention_forward = attention_forward,
     .attention_backward = attention_backward,
+    .sgemm = sgemm,
 };
 
 }  // namespace pygpt::PYGPT_ISA_NAMESPACE

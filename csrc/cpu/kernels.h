@@ -62,12 +62,27 @@ struct AttentionArgs {
   AttentionTensor dout, dq, dk, dv;  // of the backward, to which out and lse are inputs
 };
 
+// c = a b (+ bias), or c += a b: a (m, k), b (k, n), c (m, n) with unit stride along n. Of each
+// pair of strides of a and of b one is 1.
+struct SgemmArgs {
+  int64_t m, n, k;
+  const float* a;
+  int64_t a_m_stride, a_k_stride;
+  const float* b;
+  int64_t b_k_stride, b_n_stride;
+  float* c;
+  int64_t c_stride;
+  const float* bias;  // (n) or null
+  bool accumulate;
+};
+
 struct CpuKernels {
   const char* name;
   void (*sample)(const SampleArgs&);
   void (*cross_entropy)(const CrossEntropyArgs&);
   void (*attention_forward)(const AttentionArgs&);
   void (*attention_backward)(const AttentionArgs&);
+  void (*sgemm)(const SgemmArgs&);
 };
 
 }  // namespace pygpt

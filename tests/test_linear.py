@@ -1,0 +1,144 @@
+"""ops.linear: F.linear's results from the native float32 product, forward and backward."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from pygpt import _native, ops
+
+
+def example(rows, cols, depth, *, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    shape = (rows, depth) if isinstance(rows, int) else (*rows, depth)
+    x = torch.randn(shape, generator=g, requires_grad=True)
+    weight = torch.randn(cols, depth, generator=g, requires_grad=True)
+    bias = torch.randn(cols, generator=g, requires_grad=True)
+    return (x, weight, bias), torch.randn(*shape[:-1], cols, generator=g)
+
+
+def results(function, leaves, upstream):
+    out = function(*leaves)
+    return [out.detach(), *torch.autograd.grad(out, leaves, upstream.to(out.dtype))]
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (1, 1, 1),
+        (5, 7, 3),
+        (12, 32, 192),
+        (13, 33, 193),
+        (64, 1003, 33),
+        (300, 17, 1700),
+        (2, 2000, 700),
+        ((3, 50), 48, 100),
+    ],
+    ids=str,
+)
+def test_it_is_as_exact_as_torch(shape):
+    leaves, upstream = example(*shape)
+    ours = results(lambda *t: ops.linear(*t, impl="native"), leaves, upstream)
+    naive = results(F.linear, leaves, upstream)
+    exact = results(F.linear, [t.detach().double().requires_grad_() for t in leaves], upstream)
+    for a, b, e in zip(ours, naive, exact, strict=True):
+        slack = 2 * torch.finfo(torch.float32).eps * e.abs().max()
+        error, allowed = (a - e).abs().max(), 2 * (b - e).abs().max() + slack
+        assert error <= allowed, f"error {error:.3g}, allowed {allowed:.3g}"
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_random_shapes_and_strides(seed):
+    g = torch.Generator().manual_seed(seed)
+    rows, cols, depth = (int(2 ** (9 * torch.rand((), generator=g))) for _ in range(3))
+    (x, weight, bias), upstream = example(rows, cols, depth, seed=seed)
+    if seed % 2:
+        x = x.detach().t().contiguous().t().requires_grad_()
+        weight = F.pad(weight.detach(), (3, 5))[:, 3:-5].requires_grad_()
+        upstream = upstream.t().contiguous().t()
+    if seed % 5 == 0:
+        upstream = upstream[:1].expand(rows, cols)
+    ours = results(lambda *t: ops.linear(*t, impl="native"), (x, weight, bias), upstream)
+    for a, b in zip(ours, results(F.linear, (x, weight, bias), upstream), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_every_instruction_set_passes_the_tests_above():
+    others = [isa for isa in _native.available_isas() if isa != _native.isa()]
+    if "PYGPT_ISA" in os.environ:
+        pytest.skip("this run is one of them")
+    for isa in others:
+        run = subprocess.run(
+            [sys.executable, "-m", "pytest", "-x", __file__, "-k", "as_exact or random_shapes"],
+            env={**os.environ, "PYGPT_ISA": isa},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert run.returncode == 0, f"{isa}:\n{run.stdout[-3000:]}"
+
+
+def test_a_row_does_not_depend_on_the_other_rows_or_on_threads():
+    (x, weight, bias), _ = example(100, 70, 500)
+    with torch.no_grad():
+        together = ops.linear(x, weight, bias, impl="native")
+        alone = torch.cat([ops.linear(row, weight, bias, impl="native") for row in x[:, None]])
+        assert torch.equal(together, alone)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            assert torch.equal(ops.linear(x, weight, bias, impl="native"), together)
+        finally:
+            torch.set_num_threads(threads)
+
+
+def test_only_what_is_needed_gets_a_gradient():
+    (x, weight, bias), _ = example(9, 5, 4)
+    ops.linear(x.detach(), weight, impl="native").sum().backward()
+    assert weight.grad is not None
+    ops.linear(x, weight.detach(), bias, impl="native").sum().backward()
+    torch.testing.assert_close(x.grad, weight.detach().sum(0).expand(9, 4))
+    torch.testing.assert_close(bias.grad, torch.full((5,), 9.0))
+
+
+def test_no_rows_give_no_output_and_a_gradient_of_zero():
+    (x, weight, bias), _ = example(0, 5, 4)
+    out = ops.linear(x, weight, bias, impl="native")
+    assert out.shape == (0, 5)
+    out.sum().backward()
+    assert torch.equal(weight.grad, torch.zeros(5, 4))
+
+
+def test_other_dtypes_and_autocast_go_to_torch():
+    (x, weight, _), _ = example(70, 5, 4)
+    assert ops.linear(x.double(), weight.double()).dtype == torch.float64
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert ops.linear(x, weight).dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="no kernel for these tensors"):
+        ops.linear(x.double(), weight.double(), impl="native")
+
+
+def test_the_registered_ops_are_sound():
+    (x, weight, bias), upstream = example((2, 3), 5, 4)
+    torch.library.opcheck(torch.ops.pygpt.linear.default, (x, weight, bias))
+    torch.library.opcheck(
+        torch.ops.pygpt.linear_backward.default,
+        (upstream, x.detach(), weight.detach(), [True, False, True]),
+    )
+
+
+def test_it_compiles_without_a_graph_break():
+    leaves, upstream = example(70, 5, 4)
+
+    def function(x, weight, bias):
+        return ops.linear(x * 2, weight, bias) + ops.linear(x, weight, impl="native")
+
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+    expected = results(function, leaves, upstream)
+    for a, b in zip(results(compiled, leaves, upstream), expected, strict=True):
+        torch.testing.assert_close(a, b)
