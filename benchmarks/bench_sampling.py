@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from timing import interleaved, machine, row
 
@@ -38,7 +40,7 @@ def common(logits, temperature=0.8, top_k=0, top_p=1.0, min_p=0.0):
 def main():
     print(machine())
     torch.manual_seed(0)
-    widths = (34, 10, 10, 10, 12, 8)
+    widths = (40, 10, 10, 10, 12, 8)
     row(("logits, settings", "pygpt us", "torch us", "ratio", "Python us", "ratio"), widths)
     for rows, dtype in ((1, torch.float32), (1, torch.bfloat16), (64, torch.float32)):
         logits = (torch.randn(rows, VOCAB) * 3).to(dtype)
@@ -52,14 +54,13 @@ def main():
             )
             assert torch.equal(ours, twin), f"{name}: {ours} and {twin}"
             native, torchs = interleaved(
-                [lambda: ops.sample(logits, **settings), lambda: common(logits, **settings)], 0.5
+                [partial(ops.sample, logits, **settings), partial(common, logits, **settings)], 0.5
             )
-            cells = [f"{rows} x {VOCAB} {str(dtype)[6:]}, {name}"[-34:]]
+            cells = [f"{rows} x {VOCAB} {str(dtype)[6:]}, {name}"]
             cells += [f"{native * 1e6:.0f}", f"{torchs * 1e6:.0f}", f"{torchs / native:.1f}"]
             if rows == 1:
-                (python,) = interleaved(
-                    [lambda: ops.sample(logits, impl="reference", **settings)], 0.1
-                )
+                twin_call = partial(ops.sample, logits, impl="reference", **settings)
+                (python,) = interleaved([twin_call], 0.1)
                 cells += [f"{python * 1e6:.0f}", f"{python / native:.0f}"]
             else:
                 cells += ["", ""]

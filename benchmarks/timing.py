@@ -24,7 +24,7 @@ def machine() -> str:
 
 
 def interleaved(functions: Sequence[Callable[[], object]], seconds: float = 1.0) -> list[float]:
-    """Median seconds of each function, called in turns after a warm-up, for about `seconds` each."""
+    """Median seconds of each function, called in turns for about `seconds` each."""
     for function in functions:
         function()
     times: list[list[float]] = [[] for _ in functions]
