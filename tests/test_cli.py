@@ -166,6 +166,30 @@ def test_tokenizer_verbs_round_trip(place, tmp_path, capsys):
     assert capsys.readouterr().out == (place / "book.txt").read_text()
 
 
+def test_prefer_continues_an_instructed_model(place, tmp_path):
+    pairs = [
+        {"instruction": "Repeat:", "input": f"{a} {b}", "chosen": f"{a} {b}", "rejected": b}
+        for a in WORDS
+        for b in WORDS
+    ]
+    (tmp_path / "pairs.json").write_text(json.dumps(pairs))
+    command = ["finetune", "prefer", str(place / "runs"), str(tmp_path / "pairs.json")]
+    command += ["--out", str(tmp_path / "best"), "--steps", "2", "--device", "cpu"]
+    assert main([*command, "--lora-rank", "2"]) == 0
+    assert (tmp_path / "best" / "model" / "template.json").exists()
+
+
+def test_convert_and_info(place, tmp_path, capsys):
+    assert main(["convert", str(place / "runs" / "pretrain"), str(tmp_path / "copy")]) == 0
+    assert main(["convert", str(tmp_path / "copy"), str(tmp_path / "model.gguf")]) == 0
+    capsys.readouterr()
+    assert main(["info", str(place / "runs" / "pretrain"), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["n_layers"] == 1 and facts["vocab_size"] == 300
+    assert main(["info", str(place / "runs" / "pretrain" / "data"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["n_vocab"] == 300
+
+
 def test_doctor_finds_every_op_right(capsys):
     assert main(["doctor", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
@@ -216,6 +240,10 @@ MISTAKES = [
     (["tokenizer", "encode", "{broken}/tokenizer.json"], 3, "tokenizer.json"),
     (["tokenizer", "decode", "{place}/runs/pretrain", "999999"], 2, "999999"),
     (["prepare", "{place}/book.txt"], 2, "--out"),
+    (["info", "{place}/runs"], 2, "choose one"),
+    (["info", "{broken}/binary.txt"], 3, "binary.txt"),
+    (["convert", "{broken}/empty.txt", "{broken}/out"], 3, "empty.txt"),
+    (["finetune", "prefer", "{place}/runs", "{place}/tasks.json"], 3, "chosen"),
 ]
 
 

@@ -30,10 +30,13 @@ VERBS: dict[str, tuple[str, str]] = {
     "pretrain": ("train:pretrain", "train a GPT from scratch on text files or shards"),
     "finetune classify": ("tune:classify", "teach a pretrained model to sort texts into classes"),
     "finetune instruct": ("tune:instruct", "teach a pretrained model to follow instructions"),
+    "finetune prefer": ("tune:prefer", "teach an instructed model which answers are preferred"),
     "predict": ("use:predict", "sort texts with a model made by finetune classify"),
     "generate": ("use:generate", "continue a prompt"),
     "chat": ("use:chat", "give instructions to a model made by finetune instruct"),
     "eval": ("use:evaluate", "measure a model on text, labelled texts or instructions"),
+    "convert": ("move:convert", "a checkpoint of any known format to a model folder or GGUF"),
+    "info": ("move:info", "describe a checkpoint or a vocabulary"),
     "doctor": ("machine:doctor", "what runs here and how; tests every native op against its twin"),
 }
 

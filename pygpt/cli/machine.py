@@ -95,7 +95,8 @@ def _check_attention() -> str:
     for dtype, bound in ((torch.float32, 1e-5), (torch.bfloat16, 4e-2)):
         generator = torch.Generator().manual_seed(1)
         q, k, v, dout = (torch.randn(2, 67, 4, 64, generator=generator).to(dtype) for _ in range(4))
-        found, wanted = [], []
+        found: list[torch.Tensor] = []
+        wanted: list[torch.Tensor] = []
         for impl, into in (("auto", found), ("reference", wanted)):
             inputs = [x.clone().requires_grad_() for x in (q, k, v)]
             out = ops.causal_attention(*inputs, impl=impl)  # type: ignore[arg-type]
@@ -124,8 +125,8 @@ def _check_sampling() -> str:
     logits = 4 * torch.randn(32, 5003, generator=generator)
     uniforms = torch.rand(32, generator=generator)
     for settings in ({}, {"top_k": 50}, {"top_p": 0.9}, {"top_k": 40, "top_p": 0.8, "min_p": 0.02}):
-        ours = ops.sample(logits, uniforms=uniforms, **settings)  # type: ignore[call-overload]
-        twin = ops.sample(logits, uniforms=uniforms, impl="reference", **settings)  # type: ignore[call-overload]
+        ours = ops.sample(logits, uniforms=uniforms, **settings)
+        twin = ops.sample(logits, uniforms=uniforms, impl="reference", **settings)
         _must(torch.equal(ours, twin), f"tokens differ from the twin's with {settings}")
     return "128 tokens equal"
 

@@ -1,4 +1,4 @@
-"""Verbs that fine-tune: finetune classify, finetune instruct."""
+"""Verbs that fine-tune: finetune classify, instruct, prefer."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ from tyro.conf import OmitArgPrefixes, Positional
 
 from pygpt import finetune
 from pygpt.cli.display import TrainingDisplay
-from pygpt.cli.folders import load_model
-from pygpt.config import TrainConfig
+from pygpt.cli.folders import load_model, model_folder
+from pygpt.config import LoRAConfig, TrainConfig
 from pygpt.errors import UsageError
+from pygpt.finetune.records import balance
+from pygpt.training import choose_device
 
 # The book's settings, which suit a pretrained GPT-2; a small model learns faster with more.
 BOOK = TrainConfig(steps=500, batch_size=8, lr=5e-5, eval_every=100)
+BOOK_PREFERENCES = dataclasses.replace(BOOK, lr=5e-6)
 
 
 def classify(
@@ -31,6 +34,7 @@ def classify(
     balanced: bool = False,
     train: OmitArgPrefixes[TrainConfig] = BOOK,
     epochs: int | None = None,
+    lora_rank: int = 0,
     json: bool = False,
 ) -> int:
     """Teach a pretrained model to sort texts into classes.
@@ -48,17 +52,27 @@ def classify(
         balanced: Reduce every class to the size of the rarest.
         train: How it is trained.
         epochs: Passes over the training texts, instead of --steps.
+        lora_rank: Learn low-rank additions of this rank to the blocks' matrices; 0 learns the
+            matrices themselves.
         json: Print events, then the report, as JSON lines.
     """
     gpt, tok = load_model(model, "pretrain", train.device)
     source = _parts(texts, validation, test)
     if epochs is not None:
         rows = finetune.read_labelled(texts)
-        rows = finetune.balance(rows, train.seed) if balanced else rows
+        rows = balance(rows, train.seed) if balanced else rows
         train = _for_epochs(train, epochs, len(rows), 0.7 if source is texts else 1.0)
     with TrainingDisplay(as_json=json, head_dim=gpt.config.head_dim) as display:
         classifier = finetune.classify(
-            gpt, tok, source, train, out=out, trains=trains, balanced=balanced, on_event=display
+            gpt,
+            tok,
+            source,
+            train,
+            out=out,
+            trains=trains,
+            balanced=balanced,
+            lora=_lora(lora_rank),
+            on_event=display,
         )
     report = out / "report.json"
     if json:
@@ -82,6 +96,7 @@ def instruct(
     mask_prompt: bool = True,
     train: OmitArgPrefixes[TrainConfig] = BOOK,
     epochs: int | None = None,
+    lora_rank: int = 0,
     json: bool = False,
 ) -> int:
     """Teach a pretrained model to follow instructions.
@@ -98,6 +113,8 @@ def instruct(
         mask_prompt: Learn the answers only, not the prompts.
         train: How it is trained.
         epochs: Passes over the training tasks, instead of --steps.
+        lora_rank: Learn low-rank additions of this rank to the blocks' matrices; 0 learns the
+            matrices themselves.
         json: Print events, then the report, as JSON lines.
     """
     gpt, tok = load_model(model, "pretrain", train.device)
@@ -114,6 +131,7 @@ def instruct(
             out=out,
             template=template,
             mask_prompt=mask_prompt,
+            lora=_lora(lora_rank),
             on_event=display,
         )
     if (out / "test.jsonl").exists():
@@ -126,6 +144,63 @@ def instruct(
     if not json:
         print(f"next: pygpt chat {out}")
     return 0
+
+
+def prefer(
+    model: Positional[Path],
+    pairs: Positional[Path],
+    /,
+    *,
+    out: Path = Path("runs/prefer"),
+    validation: Path | None = None,
+    test: Path | None = None,
+    beta: float = 0.1,
+    train: OmitArgPrefixes[TrainConfig] = BOOK_PREFERENCES,
+    epochs: int | None = None,
+    lora_rank: int = 0,
+    json: bool = False,
+) -> int:
+    """Teach an instructed model which of two answers people prefer (DPO).
+
+    Example: pygpt finetune prefer runs/chat preferences.json --out runs/best --epochs 1
+
+    Args:
+        model: A folder made by finetune instruct.
+        pairs: json or jsonl of objects with instruction, chosen, rejected and perhaps input.
+        out: The run's folder.
+        validation: Pairs for validation; if not given, a twentieth of the pairs.
+        test: Pairs for the final report; if not given, a tenth of the pairs.
+        beta: How dear it is to leave the model as it was.
+        train: How it is trained.
+        epochs: Passes over the training pairs, instead of --steps.
+        lora_rank: Learn low-rank additions of this rank to the blocks' matrices; 0 learns the
+            matrices themselves.
+        json: Print events, then the report, as JSON lines.
+    """
+    device = str(choose_device(train.device))
+    chat = finetune.InstructModel.load(model_folder(model, "instruct"), device=device)
+    source = _parts(pairs, validation, test)
+    if epochs is not None:
+        rows = finetune.read_preferences(pairs)
+        train = _for_epochs(train, epochs, len(rows), 0.85 if source is pairs else 1.0)
+    with TrainingDisplay(as_json=json, head_dim=chat.model.config.head_dim) as display:
+        finetune.prefer(
+            chat,
+            chat.tok,
+            source,
+            train,
+            out=out,
+            beta=beta,
+            lora=_lora(lora_rank),
+            on_event=display,
+        )
+    if not json:
+        print(f"next: pygpt chat {out}")
+    return 0
+
+
+def _lora(rank: int) -> LoRAConfig | None:
+    return LoRAConfig(rank=rank, alpha=float(rank)) if rank else None
 
 
 def _parts(data: Path, validation: Path | None, test: Path | None) -> Any:

@@ -1,0 +1,94 @@
+"""Verbs for checkpoints and vocabularies: convert, info."""
+
+from __future__ import annotations
+
+import json as json_module
+from pathlib import Path
+from typing import Any, Literal
+
+from tyro.conf import Positional
+
+from pygpt import weights
+from pygpt.cli.folders import PUBLISHED, load_tokenizer, model_folder
+
+
+def convert(
+    source: Positional[str],
+    target: Positional[Path],
+    /,
+    *,
+    dtype: Literal["f32", "f16", "bf16", "q8_0"] | None = None,
+    n_heads: int | None = None,
+    lora_scale: float | None = None,
+) -> int:
+    """Read a checkpoint of any known format and write a model folder or a GGUF file.
+
+    Example: pygpt convert ckpt.pt models/mine
+
+    Args:
+        source: A run's or model's folder, a checkpoint of OpenAI, the book, nanoGPT, minGPT or
+            llm.c, or a name on the hub; its content tells the format.
+        target: The folder to write, or a file that ends in .gguf.
+        dtype: Of the weights written; q8_0 for GGUF only. By default what the source has.
+        n_heads: Attention heads, where the source does not say.
+        lora_scale: alpha / rank of a checkpoint with LoRA, where the source does not say.
+    """
+    print(weights.convert(source, target, dtype=dtype, n_heads=n_heads, lora_scale=lora_scale))
+    return 0
+
+
+def info(source: Positional[str], /, *, n_heads: int | None = None, json: bool = False) -> int:
+    """Describe a checkpoint or a vocabulary.
+
+    Example: pygpt info runs/pretrain
+
+    Args:
+        source: A run's or model's folder, a checkpoint file, a tokenizer file, or the name of a
+            published vocabulary ("cl100k_base") or of a model on the hub.
+        n_heads: Attention heads, where a checkpoint does not say.
+        json: Print one JSON object.
+    """
+    facts = _vocabulary(source) if _is_vocabulary(source) else _checkpoint(source, n_heads)
+    if json:
+        print(json_module.dumps(facts))
+    else:
+        for name, value in facts.items():
+            print(f"{name.replace('_', ' '):20} {f'{value:,}' if type(value) is int else value}")
+    return 0
+
+
+def _is_vocabulary(source: str) -> bool:
+    path = Path(source)
+    if path.suffix in (".tiktoken", ".json") and path.is_file():
+        return True
+    return source in PUBLISHED[1:] or (path.is_dir() and _has_only_vocabulary(path))
+
+
+def _has_only_vocabulary(folder: Path) -> bool:
+    vocabulary = any((folder / name).exists() for name in ("tokenizer.json", "vocab.json"))
+    return vocabulary and not (folder / "config.json").exists()
+
+
+def _vocabulary(source: str) -> dict[str, Any]:
+    tok = load_tokenizer(source)
+    return {
+        "name": tok.name,
+        "n_vocab": tok.n_vocab,
+        "special_tokens": ", ".join(sorted(tok.special_tokens_set)) or "none",
+        "longest_token_bytes": max(map(len, tok.token_byte_values())),
+    }
+
+
+def _checkpoint(source: str, n_heads: int | None) -> dict[str, Any]:
+    path = Path(source)
+    place = str(model_folder(path)) if path.is_dir() and not _holds_files(path) else source
+    return weights.describe(place, n_heads=n_heads)
+
+
+def _holds_files(folder: Path) -> bool:
+    """Whether a folder is itself a checkpoint, of whatever format, rather than a run's folder."""
+    return (
+        any(folder.glob("*.safetensors*"))
+        or any(folder.glob("*.bin*"))
+        or bool(list(folder.glob("hparams.json")))
+    )
