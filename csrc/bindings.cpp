@@ -104,7 +104,8 @@ using AttentionShape = std::array<int64_t, 6>;    // batch, queries, keys, heads
 using AttentionPlace = std::array<uintptr_t, 4>;  // address and strides of batch, row, head
 
 AttentionArgs attention_args(int dtype, const AttentionShape& shape, double scale, int64_t window,
-                             uintptr_t document_ids, uintptr_t kv_lengths) {
+                             uintptr_t document_ids, uintptr_t kv_lengths, double dropout_p,
+                             uintptr_t seed) {
   const auto [batch, queries, keys, heads, kv_heads, dim] = shape;
   AttentionArgs a{};
   a.dtype = static_cast<DType>(dtype);
@@ -118,6 +119,11 @@ AttentionArgs attention_args(int dtype, const AttentionShape& shape, double scal
   a.window = window;
   a.document_ids = pointer<int32_t>(document_ids);
   a.kv_lengths = pointer<int32_t>(kv_lengths);
+  a.dropout_p = dropout_p;
+  if (dropout_p > 0) {
+    if (!seed) throw std::invalid_argument("attention with dropout was given no seed");
+    a.seed = *pointer<uint64_t>(seed);
+  }
   return a;
 }
 
@@ -128,31 +134,33 @@ AttentionTensor attention_tensor(const AttentionPlace& place) {
 }
 
 void bind_attention(py::module_& m) {
-  m.def("attention_forward",
-        [](int dtype, const AttentionShape& shape, double scale, int64_t window,
-           uintptr_t document_ids, uintptr_t kv_lengths, double dropout_p, uintptr_t seed,
-           const AttentionPlace& q, const AttentionPlace& k, const AttentionPlace& v,
-           const AttentionPlace& out, uintptr_t lse) {
-          AttentionArgs a = attention_args(dtype, shape, scale, window, document_ids, kv_lengths);
-          a.q = attention_tensor(q);
-          a.k = attention_tensor(k);
-          a.v = attention_tensor(v);
-          a.out = attention_tensor(out);
-          a.lse = pointer<float>(lse);
-          const py::gil_scoped_release release;
-          cpu_kernels().attention_forward(a);
-        });
-  m.def("attention_backward",
-        [](int dtype, const AttentionShape& shape, double scale, int64_t window,
-           uintptr_t document_ids, uintptr_t kv_lengths, double dropout_p, uintptr_t seed,
-           const std::array<AttentionPlace, 8>& tensors, uintptr_t lse) {
-          AttentionArgs a = attention_args(dtype, shape, scale, window, document_ids, kv_lengths);
-          AttentionTensor* const slots[] = {&a.q, &a.k, &a.v, &a.out, &a.dout, &a.dq, &a.dk, &a.dv};
-          for (int i = 0; i < 8; ++i) *slots[i] = attention_tensor(tensors[i]);
-          a.lse = pointer<float>(lse);
-          const py::gil_scoped_release release;
-          cpu_kernels().attention_backward(a);
-        });
+  m.def(
+      "attention_forward", [](int dtype, const AttentionShape& shape, double scale, int64_t window,
+                              uintptr_t document_ids, uintptr_t kv_lengths, double dropout_p,
+                              uintptr_t seed, const AttentionPlace& q, const AttentionPlace& k,
+                              const AttentionPlace& v, const AttentionPlace& out, uintptr_t lse) {
+        AttentionArgs a =
+            attention_args(dtype, shape, scale, window, document_ids, kv_lengths, dropout_p, seed);
+        a.q = attention_tensor(q);
+        a.k = attention_tensor(k);
+        a.v = attention_tensor(v);
+        a.out = attention_tensor(out);
+        a.lse = pointer<float>(lse);
+        const py::gil_scoped_release release;
+        cpu_kernels().attention_forward(a);
+      });
+  m.def("attention_backward", [](int dtype, const AttentionShape& shape, double scale,
+                                 int64_t window, uintptr_t document_ids, uintptr_t kv_lengths,
+                                 double dropout_p, uintptr_t seed,
+                                 const std::array<AttentionPlace, 8>& tensors, uintptr_t lse) {
+    AttentionArgs a =
+        attention_args(dtype, shape, scale, window, document_ids, kv_lengths, dropout_p, seed);
+    AttentionTensor* const slots[] = {&a.q, &a.k, &a.v, &a.out, &a.dout, &a.dq, &a.dk, &a.dv};
+    for (int i = 0; i < 8; ++i) *slots[i] = attention_tensor(tensors[i]);
+    a.lse = pointer<float>(lse);
+    const py::gil_scoped_release release;
+    cpu_kernels().attention_backward(a);
+  });
 }
 
 void bind_sgemm(py::module_& m) {

@@ -149,9 +149,7 @@ def causal_attention(
     if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    why_not = _why_not_native_attention(q.device, q.dtype, q.shape[-1]) or (
-        "weights with dropout" if dropout_p else ""
-    )
+    why_not = _why_not_native_attention(q.device, q.dtype, q.shape[-1])
     chosen = _resolve(impl, native=not why_not, tensors=f"causal attention on {why_not}")
     if dropout_p and seed is None and chosen != "torch":
         seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64)

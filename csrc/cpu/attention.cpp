@@ -9,6 +9,7 @@
 #include <cmath>
 
 #include "core/parallel.h"
+#include "core/philox.h"
 #include "cpu/attention_tiles.h"
 
 namespace pygpt::PYGPT_ISA_NAMESPACE {
@@ -205,8 +206,45 @@ SumRows rows_to_sum(const Call& call, const AttentionTensor& t, int64_t b, int64
   return {copy, call.pitch};
 }
 
-// --- forward
-// -----------------------------------------------------------------------------------------
+// --- dropout ----------------------------------------------------------------
+
+// Bit i of `dropped` tells of key first_key + i, a multiple of kLanes: csrc/core/philox.h, a lane
+// for every four keys.
+void find_dropped(const Call& call, int64_t b, int64_t head, int64_t query, int64_t first_key,
+                  int64_t keys, uint64_t* dropped) {
+  const auto word = [](uint64_t x) { return broadcast(static_cast<int32_t>(x)); };
+  const uint32_t threshold = dropout_threshold(call.a.dropout_p);
+  const I32 sign = word(0x80000000u), limit = word(threshold ^ 0x80000000u);  // unsigned order
+  std::memset(dropped, 0, (keys + 63) / 64 * 8);
+  for (int64_t done = 0; done < keys; done += 4 * kLanes) {
+    I32 c[4] = {lane_numbers() + word((first_key + done) / 4), word(query), word(head), word(b)};
+    uint32_t k0 = static_cast<uint32_t>(call.a.seed), k1 = static_cast<uint32_t>(call.a.seed >> 32);
+    for (int round = 0; round < 10; ++round, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u) {
+      I32 low0, high0, low2, high2;
+      multiply_wide(c[0], word(0xD2511F53u), low0, high0);
+      multiply_wide(c[2], word(0xCD9E8D57u), low2, high2);
+      c[0] = high2 ^ c[1] ^ word(k0);
+      c[1] = low2;
+      c[2] = high0 ^ c[3] ^ word(k1);
+      c[3] = low0;
+    }
+    uint64_t bit = 0;
+    for (int w = 0; w < 4; ++w) {
+      const uint32_t below = bits((c[w] ^ sign) < limit);
+#if defined(__BMI2__)
+      bit |= _pdep_u64(below, 0x1111111111111111u << w);
+#else
+      for (int i = 0; i < kLanes; ++i) bit |= static_cast<uint64_t>(below >> i & 1) << (4 * i + w);
+#endif
+    }
+    dropped[done / 64] |= bit << (done % 64);
+  }
+}
+PYGPT_INLINE Mask dropped_lanes(const uint64_t* dropped, int64_t j) {
+  return mask_of_bits(static_cast<uint32_t>(dropped[j / 64] >> (j % 64)) & ((1u << kLanes) - 1));
+}
+
+// --- forward ----------------------------------------------------------------
 
 struct ForwardWork {
   float *keys, *values, *queries, *scores, *out;
@@ -225,10 +263,10 @@ struct ForwardWork {
 
 // One row of scores -> weights exp2(score * factor - max), in place (as pairs: bf16, two to a
 // word), zero for the rest of `tile`, the keys that the rows summed together see. Returns the new
-// sum.
+// sum. Dropped weights count in the sum, but become zero.
 template <bool kPairs>
 float softmax_row(float* scores, Interval keys, Interval tile, float factor, float* max_so_far,
-                  float sum_so_far, float* out, int64_t pitch) {
+                  float sum_so_far, float* out, int64_t pitch, const uint64_t* dropped) {
   const int64_t full_lo = round_up(keys.lo, kLanes), full_hi = keys.hi / kLanes * kLanes;
   const int64_t start = tile.lo / kLanes * kLanes;
   const F32 lowest = broadcast(-INFINITY);
@@ -259,6 +297,7 @@ float softmax_row(float* scores, Interval keys, Interval tile, float factor, flo
   F32 total = broadcast(0.0f);
   const auto put = [&](int64_t j, F32 p) PYGPT_LAMBDA {
     total = total + p;
+    if (dropped) p = select(dropped_lanes(dropped, j), broadcast(0.0f), p);
     if constexpr (kPairs) {
       store_bf16(reinterpret_cast<uint16_t*>(scores) + j, p);
     } else {
@@ -285,6 +324,9 @@ void forward_block(const Call& call, const ForwardWork& w, SumRows values, int64
   const AttentionArgs& a = call.a;
   const Visible visible = call.visible(b);
   const Words q = rows_as_words<kPairs>(call, a.q, b, first, head, rows, w.queries);
+  const bool dropout = a.dropout_p > 0;
+  const float keep = static_cast<float>(1.0 - a.dropout_p);
+  uint64_t dropped[kKeyBlock / 64];
   float maxima[kQueryBlock], sums[kQueryBlock];
   for (int64_t i = 0; i < rows; ++i) maxima[i] = -INFINITY, sums[i] = 0.0f;
   std::memset(w.out, 0, rows * call.pitch * sizeof(float));
@@ -312,9 +354,10 @@ void forward_block(const Call& call, const ForwardWork& w, SumRows values, int64
       const Interval keys = within(visible.of_rows(first + i, first + i + 1), k0, k1);
       const Interval tile = seen_by_tile(i / kSumRows * kSumRows);
       if (tile.empty()) continue;
-      sums[i] =
-          softmax_row<kPairs>(w.scores + i * kScorePitch, {keys.lo - k0, keys.hi - k0}, tile,
-                              call.factor, &maxima[i], sums[i], w.out + i * call.pitch, call.pitch);
+      if (dropout) find_dropped(call, b, head, first + i, k0, tile.hi, dropped);
+      sums[i] = softmax_row<kPairs>(w.scores + i * kScorePitch, {keys.lo - k0, keys.hi - k0}, tile,
+                                    call.factor, &maxima[i], sums[i], w.out + i * call.pitch,
+                                    call.pitch, dropout ? dropped : nullptr);
     }
     // out += weights * values
     for (int64_t s = 0; s < k1 - k0; s += kSumBlock) {
@@ -334,8 +377,8 @@ void forward_block(const Call& call, const ForwardWork& w, SumRows values, int64
   }
   for (int64_t i = 0; i < rows; ++i) {
     const bool any = sums[i] != 0.0f;  // a query without keys gets zeros
-    write_rows(a.dtype, w.out + i * call.pitch, call.pitch, 1, a.dim, any ? 1.0f / sums[i] : 0.0f,
-               call.at(a.out, b, first + i, head), 0);
+    write_rows(a.dtype, w.out + i * call.pitch, call.pitch, 1, a.dim,
+               any ? 1.0f / (sums[i] * keep) : 0.0f, call.at(a.out, b, first + i, head), 0);
     a.lse[(b * a.heads + head) * a.queries + first + i] =
         any ? maxima[i] + log2f(sums[i]) : -INFINITY;
   }
@@ -360,8 +403,152 @@ void forward_task(const Call& call, int64_t b, int64_t kv_head, int64_t first, i
   }
 }
 
-// --- backward
-// ----------------------------------------------------------------------------------------
+// --- decoding: few queries, many keys ---------------------------------------
+
+constexpr int64_t kDecodeRows = 8;    // queries times heads of a group, at most
+constexpr int64_t kDecodeKeys = 512;  // of one task; its softmax is merged with the others' after
+
+struct Partial {  // per task and row
+  float max, sum;
+};
+
+PYGPT_INLINE F32 load_any(DType dtype, const char* p, int64_t d, int64_t dim) {
+  return d + kLanes <= dim ? load_as_f32(dtype, p, d) : load_tail(dtype, p, d, dim - d);
+}
+
+// Keys [first, last) for all rows of a group: reads every key and value where it lies.
+template <DType kType>
+void decode_task(const Call& call, int64_t b, int64_t kv_head, int64_t first, int64_t last,
+                 Partial* partials, float* outs) {
+  const AttentionArgs& a = call.a;
+  const Visible visible = call.visible(b);
+  const int64_t k_row = a.k.row * call.element, v_row = a.v.row * call.element;
+  const char* keys = call.at(a.k, b, first, kv_head);
+  const char* values = call.at(a.v, b, first, kv_head);
+  float scores[kDecodeKeys];
+  for (int64_t r = 0; r < call.group * a.queries; ++r) {
+    const int64_t i = r % a.queries;
+    const Interval seen = within(visible.of_rows(i, i + 1), first, last);
+    float* out = outs + r * call.pitch;
+    partials[r] = {-INFINITY, 0.0f};
+    if (seen.empty()) {
+      std::memset(out, 0, call.pitch * sizeof(float));
+      continue;
+    }
+    const char* q = call.at(a.q, b, i, kv_head * call.group + r / a.queries);
+    const int64_t start = (seen.lo - first) / kLanes * kLanes, end = seen.hi - first;
+    F32 highest = broadcast(-INFINITY);
+    for (int64_t j = start; j < end; j += kLanes) {
+      F32 dots[kLanes];
+      for (int n = 0; n < kLanes; ++n) {  // keys past the end give what is masked
+        const char* key = keys + min(j + n, end - 1) * k_row;
+        F32 dot = broadcast(0.0f);
+        for (int64_t d = 0; d < a.dim; d += kLanes) {
+          dot = fma(load_any(kType, q, d, a.dim), load_any(kType, key, d, a.dim), dot);
+        }
+        dots[n] = dot;
+      }
+      transpose(dots);
+      for (int half = kLanes / 2; half > 0; half /= 2) {
+        for (int n = 0; n < half; ++n) dots[n] = dots[n] + dots[n + half];
+      }
+      store(scores + j, dots[0]);
+      const Mask lanes = lanes_within(first + j, seen);
+      highest = max(highest, select(lanes, dots[0], broadcast(-INFINITY)));
+    }
+    partials[r].max = max_lane(highest) * call.factor;
+    const F32 f = broadcast(call.factor), shift = broadcast(-partials[r].max);
+    F32 total = broadcast(0.0f);
+    for (int64_t j = start; j < end; j += kLanes) {
+      const F32 p = select(lanes_within(first + j, seen), exp2(fma(load(scores + j), f, shift)),
+                           broadcast(0.0f));
+      total = total + p;
+      store(scores + j, p);
+    }
+    partials[r].sum = sum(total);
+    for (int64_t d = 0; d < a.dim; d += 4 * kLanes) {
+      F32 acc[4] = {broadcast(0.0f), broadcast(0.0f), broadcast(0.0f), broadcast(0.0f)};
+      const int vecs = static_cast<int>(min(4, (call.pitch - d) / kLanes));
+      if (d + 4 * kLanes <= a.dim) {
+        for (int64_t j = seen.lo - first; j < end; ++j) {
+          const F32 p = broadcast(scores[j]);
+          unroll<4>([&](auto n) PYGPT_LAMBDA {
+            acc[n] = fma(p, load_as_f32(kType, values + j * v_row, d + n * kLanes), acc[n]);
+          });
+        }
+        unroll<4>([&](auto n) PYGPT_LAMBDA { store(out + d + n * kLanes, acc[n]); });
+      } else {
+        for (int n = 0; n < vecs; ++n) {
+          F32 total_v = broadcast(0.0f);
+          for (int64_t j = seen.lo - first; j < end; ++j) {
+            const F32 v = load_any(kType, values + j * v_row, d + n * kLanes, a.dim);
+            total_v = fma(broadcast(scores[j]), v, total_v);
+          }
+          store(out + d + n * kLanes, total_v);
+        }
+      }
+    }
+  }
+}
+
+// The softmax over all pieces of one group's rows; the first piece's memory takes the result.
+void merge_decoded(const Call& call, int64_t b, int64_t kv_head, int64_t pieces,
+                   const Partial* partials, float* outs) {
+  const AttentionArgs& a = call.a;
+  const int64_t rows = call.group * a.queries;
+  for (int64_t r = 0; r < rows; ++r) {
+    float highest = -INFINITY, total = 0.0f;
+    for (int64_t piece = 0; piece < pieces; ++piece) {
+      const Partial& p = partials[piece * rows + r];
+      if (p.sum != 0.0f && !(p.max <= highest)) highest = p.max;
+    }
+    float* merged = outs + r * call.pitch;
+    for (int64_t piece = 0; piece < pieces; ++piece) {
+      const Partial& p = partials[piece * rows + r];
+      const F32 share = p.sum != 0.0f ? exp2(broadcast(p.max - highest)) : broadcast(0.0f);
+      total += p.sum * first_lane(share);
+      const float* part = outs + (piece * rows + r) * call.pitch;
+      for (int64_t d = 0; d < call.pitch; d += kLanes) {
+        const F32 scaled = load(part + d) * share;
+        store(merged + d, piece == 0 ? scaled : load(merged + d) + scaled);
+      }
+    }
+    const bool any = total != 0.0f;
+    const int64_t i = r % a.queries, head = kv_head * call.group + r / a.queries;
+    write_rows(a.dtype, merged, call.pitch, 1, a.dim, any ? 1.0f / total : 0.0f,
+               call.at(a.out, b, i, head), 0);
+    a.lse[(b * a.heads + head) * a.queries + i] = any ? highest + log2f(total) : -INFINITY;
+  }
+}
+
+void decode(Call& call) {
+  const AttentionArgs& a = call.a;
+  const int64_t heads = a.batch * a.kv_heads, rows = call.group * a.queries;
+  const int64_t pieces = (a.keys + kDecodeKeys - 1) / kDecodeKeys;
+  Partial* partials = nullptr;
+  float* outs = nullptr;
+  const auto lay_out = [&](char* base) {
+    Parts parts{base, lay_out_masks(a, base, call)};
+    partials = parts.take<Partial>(heads * pieces * rows);
+    outs = parts.take<float>(heads * pieces * rows * call.pitch);
+    return parts.used;
+  };
+  lay_out(call_scratch.get(lay_out(nullptr)));
+  const auto task = a.dtype == DType::kFloat32    ? decode_task<DType::kFloat32>
+                    : a.dtype == DType::kBFloat16 ? decode_task<DType::kBFloat16>
+                                                  : decode_task<DType::kFloat16>;
+  run_tasks(heads * pieces, 2 * visible_pairs(call) * a.dim, [&](int64_t index) {
+    const int64_t head = index / pieces, first = index % pieces * kDecodeKeys;
+    task(call, head / a.kv_heads, head % a.kv_heads, first, min(a.keys, first + kDecodeKeys),
+         partials + index * rows, outs + index * rows * call.pitch);
+  });
+  for (int64_t head = 0; head < heads; ++head) {
+    merge_decoded(call, head / a.kv_heads, head % a.kv_heads, pieces,
+                  partials + head * pieces * rows, outs + head * pieces * rows * call.pitch);
+  }
+}
+
+// --- backward ---------------------------------------------------------------
 
 struct GradRows {  // float rows in which dq is added up, of all heads of a group
   float* data;
@@ -402,7 +589,8 @@ struct BackwardWork {
 // rows become one row of words (row i, row i + 1), and dscores gets the gradients as bf16 rows too.
 template <bool kPairs>
 void grad_rows(float* weights, float* dweights, float* dscores, int64_t keys, int64_t k0,
-               const Interval* seen, const float* lse, const float* delta, int rows, float factor) {
+               const Interval* seen, const float* lse, const float* delta, int rows, float factor,
+               const uint64_t (*dropped)[2], float keep) {
   constexpr int64_t kPitch = kGradKeys + kPad;
   const F32 f = broadcast(factor), zero = broadcast(0.0f);
   const auto one = [&](int row, int64_t j, F32& p, F32& dscore) PYGPT_LAMBDA {
@@ -413,8 +601,15 @@ void grad_rows(float* weights, float* dweights, float* dscores, int64_t keys, in
     }
     const F32 x = fma(load(weights + row * kPitch + j), f, broadcast(-lse[row]));
     p = kPairs ? exp2_coarse(x) : exp2(x);
-    // forward: out = sum p v, p = softmax(score)
-    dscore = p * (load(dweights + row * kPitch + j) - broadcast(delta[row]));
+    // forward: out = sum (p where kept, over keep) v, p = softmax(score)
+    F32 dweight = load(dweights + row * kPitch + j);
+    const F32 weight = p;
+    if (dropped) {
+      const Mask lanes = dropped_lanes(dropped[row], j);
+      dweight = select(lanes, zero, dweight * broadcast(1.0f / keep));
+      p = select(lanes, zero, p * broadcast(1.0f / keep));
+    }
+    dscore = weight * (dweight - broadcast(delta[row]));
     if (seen[row].lo > k0 + j || seen[row].hi < k0 + j + kLanes) {
       const Mask visible = lanes_within(k0 + j, seen[row]);
       p = select(visible, p, zero);
@@ -440,6 +635,7 @@ void grad_rows(float* weights, float* dweights, float* dscores, int64_t keys, in
 
 template <bool kPairs>
 struct BackwardRows {  // one head's rows, as the tiles want them
+  int64_t b, head;
   Words q, dout;
   SumRows q_sums, dout_sums;
   const float *lse, *delta;
@@ -452,6 +648,7 @@ void backward_block(const Call& call, const BackwardWork& w, const BackwardRows<
                     int64_t k1, GradRows dq) {
   constexpr int64_t kWord = kPairs ? 2 : 1;
   constexpr int64_t kPitch = kGradKeys + kPad;
+  const bool dropout = call.a.dropout_p > 0;
   for (int64_t p = 0; p < k1 - k0; p += kPanel) {
     for (int64_t r = 0; r < rows; r += kScoreRows) {
       const int n = static_cast<int>(min(kScoreRows, rows - r));
@@ -469,10 +666,16 @@ void backward_block(const Call& call, const BackwardWork& w, const BackwardRows<
   for (int64_t r = 0; r < rows; r += kWord) {
     const int n = static_cast<int>(min(kWord, rows - r));
     Interval seen[2];
-    for (int i = 0; i < n; ++i) seen[i] = visible.of_rows(first + r + i, first + r + i + 1);
+    uint64_t dropped[2][2];
+    static_assert(kGradKeys <= 128);
+    for (int i = 0; i < n; ++i) {
+      seen[i] = visible.of_rows(first + r + i, first + r + i + 1);
+      if (dropout) find_dropped(call, head.b, head.head, first + r + i, k0, k1 - k0, dropped[i]);
+    }
     grad_rows<kPairs>(w.weights + r * kPitch, w.dweights + r * kPitch, w.dscores + r * kPitch / 2,
                       k1 - k0, k0, seen, head.lse + first + r, head.delta + first + r, n,
-                      call.factor);
+                      call.factor, dropout ? dropped : nullptr,
+                      static_cast<float>(1.0 - call.a.dropout_p));
   }
   // As pairs, row r of words holds rows 2r and 2r + 1 and stands where row 2r was.
   for (int64_t d = 0; d < call.pitch; d += kSumVecs * kLanes) {
@@ -534,6 +737,8 @@ void backward_task(const Call& call, int64_t b, int64_t kv_head, int64_t k_first
   const auto of_head = [&](int64_t g) {
     const int64_t head = kv_head * call.group + g, copy = g * rows * call.pitch;
     BackwardRows<kPairs> r;
+    r.b = b;
+    r.head = head;
     r.lse = a.lse + (b * a.heads + head) * a.queries;
     r.delta = w.delta + g * rows;
     const bool copied = !kPairs && a.dtype != DType::kFloat32;
@@ -601,6 +806,11 @@ void backward_task(const Call& call, int64_t b, int64_t kv_head, int64_t k_first
 
 void attention_forward(const AttentionArgs& a) {
   Call call = describe(a);
+  // Without a cache this may be training, whose backward wants scores that were summed in its
+  // order.
+  if (a.keys > a.queries && a.queries * call.group <= kDecodeRows && a.dropout_p == 0) {
+    return decode(call);
+  }
   lay_out_masks(a, call_scratch.get(lay_out_masks(a, nullptr, call)), call);
   const int64_t work = visible_pairs(call) * a.dim;
   // A task packs the keys it needs, so heads are cut into pieces only where there are few of them.

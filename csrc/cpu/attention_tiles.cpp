@@ -2,7 +2,6 @@
 
 #include <cstdlib>
 #include <new>
-#include <utility>
 
 namespace pygpt::PYGPT_ISA_NAMESPACE {
 namespace {
@@ -22,17 +21,6 @@ PYGPT_INLINE F32 multiply_add(F32 a, F32 b, F32 c) {
   }
 #endif
   return fma(a, b, c);
-}
-
-// Calls f(0) ... f(n - 1) with constant arguments. A plain loop leaves the accumulators in memory:
-// GCC splits arrays into registers before it unrolls.
-template <class F, int... kIndex>
-PYGPT_INLINE void unroll(const F& f, std::integer_sequence<int, kIndex...>) {
-  (f(std::integral_constant<int, kIndex>()), ...);
-}
-template <int kCount, class F>
-PYGPT_INLINE void unroll(const F& f) {
-  unroll(f, std::make_integer_sequence<int, kCount>());
 }
 
 // Rows are addressed from every third, which keeps the pointers of twelve rows in registers.
@@ -85,25 +73,12 @@ PYGPT_INLINE void tile_rows(int rows, Words a, const float* b, int64_t b_row, in
   if (rows & 1) tile<kPairs, 1, kVecs>(a, b, b_row, k, add, c, c_row);
 }
 
-// Lanes of one row of any dtype as floats, and back.
-PYGPT_INLINE F32 load_as_f32(DType dtype, const char* p, int64_t index) {
-  if (dtype == DType::kFloat32) return load(reinterpret_cast<const float*>(p) + index);
-  const uint16_t* half = reinterpret_cast<const uint16_t*>(p) + index;
-  return dtype == DType::kBFloat16 ? load_bf16(half) : load_f16(half);
-}
 PYGPT_INLINE void store_as(DType dtype, char* p, int64_t index, F32 x) {
   if (dtype == DType::kFloat32) return store(reinterpret_cast<float*>(p) + index, x);
   uint16_t* half = reinterpret_cast<uint16_t*>(p) + index;
   dtype == DType::kBFloat16 ? store_bf16(half, x) : store_f16(half, x);
 }
 
-// Reads or writes the last `count` (< kLanes) elements of a row without touching what follows.
-PYGPT_INLINE F32 load_tail(DType dtype, const char* p, int64_t index, int64_t count) {
-  char part[kLanes * 4] = {};
-  const int64_t size = dtype == DType::kFloat32 ? 4 : 2;
-  std::memcpy(part, p + index * size, count * size);
-  return load_as_f32(dtype, part, 0);
-}
 PYGPT_INLINE void store_tail(DType dtype, char* p, int64_t index, int64_t count, F32 x) {
   char part[kLanes * 4];
   const int64_t size = dtype == DType::kFloat32 ? 4 : 2;

@@ -8,6 +8,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <utility>
 
 #include "cpu/kernels.h"
 #include "cpu/vec.h"
@@ -19,6 +20,17 @@ constexpr bool kHasPairs = true;
 #else
 constexpr bool kHasPairs = false;
 #endif
+
+// Calls f(0) ... f(n - 1) with constant arguments. A plain loop leaves the accumulators in memory:
+// GCC splits arrays into registers before it unrolls.
+template <class F, int... kIndex>
+PYGPT_INLINE void unroll(const F& f, std::integer_sequence<int, kIndex...>) {
+  (f(std::integral_constant<int, kIndex>()), ...);
+}
+template <int kCount, class F>
+PYGPT_INLINE void unroll(const F& f) {
+  unroll(f, std::make_integer_sequence<int, kCount>());
+}
 
 // Register tiles: scores are kScoreRows x kScoreVecs, sums over keys or queries kSumRows x
 // kSumVecs.
@@ -43,6 +55,20 @@ void score_tile(int rows, Words a, const float* b, int64_t k, float* c, int64_t 
 template <bool kPairs>
 void sum_tile(int rows, int vecs, Words a, const float* b, int64_t b_row, int64_t k, float* c,
               int64_t c_row);
+
+// Lanes of one row of any dtype as floats; the second reads the last `count` (< kLanes) elements
+// and nothing behind them.
+PYGPT_INLINE F32 load_as_f32(DType dtype, const char* p, int64_t index) {
+  if (dtype == DType::kFloat32) return load(reinterpret_cast<const float*>(p) + index);
+  const uint16_t* half = reinterpret_cast<const uint16_t*>(p) + index;
+  return dtype == DType::kBFloat16 ? load_bf16(half) : load_f16(half);
+}
+PYGPT_INLINE F32 load_tail(DType dtype, const char* p, int64_t index, int64_t count) {
+  char part[kLanes * 4] = {};
+  const int64_t size = dtype == DType::kFloat32 ? 4 : 2;
+  std::memcpy(part, p + index * size, count * size);
+  return load_as_f32(dtype, part, 0);
+}
 
 // rows x dim of `source` -> float rows of `pitch`, with zeros from dim to pitch.
 void copy_rows(DType dtype, const char* source, int64_t stride, int64_t rows, int64_t dim,

@@ -57,6 +57,8 @@ struct AttentionArgs {
   int64_t window;               // keys that a query sees, itself included; 0: all before it
   const int32_t* document_ids;  // (batch, keys), non-decreasing in a row, or null
   const int32_t* kv_lengths;    // (batch,): keys in use, the last of them the last query's; or null
+  double dropout_p;
+  uint64_t seed;  // of the dropout
   AttentionTensor q, k, v, out;
   float* lse;  // (batch, heads, queries): log2 of the sum of 2^(score * log2 e)
   AttentionTensor dout, dq, dk, dv;  // of the backward, to which out and lse are inputs

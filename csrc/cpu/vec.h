@@ -112,6 +112,12 @@ PYGPT_INLINE U64 to_u64(I32 x) {  // lanes taken as unsigned
   return {_mm512_and_si512(x.v, _mm512_set1_epi64(0xffffffff)), _mm512_srli_epi64(x.v, 32)};
 }
 
+PYGPT_INLINE void multiply_wide(I32 a, I32 b, I32& low, I32& high) {  // as unsigned
+  const __m512i even = _mm512_mul_epu32(a.v, b.v);
+  const __m512i odd = _mm512_mul_epu32(_mm512_srli_epi64(a.v, 32), _mm512_srli_epi64(b.v, 32));
+  low.v = _mm512_mask_blend_epi32(0xaaaa, even, _mm512_slli_epi64(odd, 32));
+  high.v = _mm512_mask_blend_epi32(0xaaaa, _mm512_srli_epi64(even, 32), odd);
+}
 PYGPT_INLINE F32 load_bf16(const uint16_t* p) {
   const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16))};
@@ -245,6 +251,12 @@ PYGPT_INLINE U64 to_u64(I32 x) {
   return {_mm256_and_si256(x.v, _mm256_set1_epi64x(0xffffffff)), _mm256_srli_epi64(x.v, 32)};
 }
 
+PYGPT_INLINE void multiply_wide(I32 a, I32 b, I32& low, I32& high) {
+  const __m256i even = _mm256_mul_epu32(a.v, b.v);
+  const __m256i odd = _mm256_mul_epu32(_mm256_srli_epi64(a.v, 32), _mm256_srli_epi64(b.v, 32));
+  low.v = _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa);
+  high.v = _mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa);
+}
 PYGPT_INLINE F32 load_bf16(const uint16_t* p) {
   const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
   return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16))};
@@ -400,6 +412,14 @@ PYGPT_INLINE U64 to_u64(I32 x) {
           Longs{static_cast<uint32_t>(x.v[1]), static_cast<uint32_t>(x.v[3])}};
 }
 
+PYGPT_INLINE void multiply_wide(I32 a, I32 b, I32& low, I32& high) {
+  for (int i = 0; i < 4; ++i) {
+    const uint64_t product =
+        static_cast<uint64_t>(static_cast<uint32_t>(a.v[i])) * static_cast<uint32_t>(b.v[i]);
+    low.v[i] = static_cast<int32_t>(static_cast<uint32_t>(product));
+    high.v[i] = static_cast<int32_t>(static_cast<uint32_t>(product >> 32));
+  }
+}
 PYGPT_INLINE F32 load_bf16(const uint16_t* p) {
   I32 x;
   for (int i = 0; i < 4; ++i) x.v[i] = static_cast<int32_t>(static_cast<uint32_t>(p[i]) << 16);
@@ -410,7 +430,7 @@ PYGPT_INLINE F32 load_f16(const uint16_t* p) {
   for (int i = 0; i < 4; ++i) {
     const uint32_t h = p[i], magnitude = h & 0x7fff;
     uint32_t b = (magnitude << 13) + (112u << 23);  // normal: move the exponent's bias
-    if (magnitude >= 0x7c00) b = (magnitude << 13) | 0x7f800000;  // infinity, NaN
+    if (magnitude >= 0x7c00) b = (magnitude << 13) | 0x7f800000;       // infinity, NaN
     const float subnormal = static_cast<float>(magnitude) * 0x1p-24f;  // or zero
     if (magnitude < 0x0400) std::memcpy(&b, &subnormal, 4);
     b |= (h & 0x8000) << 16;
@@ -445,7 +465,7 @@ PYGPT_INLINE void store_f16(uint16_t* p, F32 x) {
 }
 
 PYGPT_INLINE void transpose(F32 (&r)[4]) {
-  F32 t[4];
+  F32 t[4] = {r[0], r[1], r[2], r[3]};
   for (int i = 0; i < 4; ++i) {
     for (int j = 0; j < 4; ++j) t[j].v[i] = r[i].v[j];
   }
@@ -465,6 +485,15 @@ PYGPT_INLINE I32 lane_numbers() {
   alignas(64) static constexpr int32_t kNumbers[16] = {0, 1, 2,  3,  4,  5,  6,  7,
                                                        8, 9, 10, 11, 12, 13, 14, 15};
   return load(kNumbers);
+}
+
+PYGPT_INLINE Mask mask_of_bits(uint32_t bits) {
+#if defined(PYGPT_AVX512)
+  return {static_cast<__mmask16>(bits)};
+#else
+  alignas(32) static constexpr int32_t kBit[8] = {1, 2, 4, 8, 16, 32, 64, 128};
+  return (broadcast(static_cast<int32_t>(bits)) & load(kBit)) == load(kBit);
+#endif
 }
 
 // Rounds to the nearest even; a NaN stays one.
