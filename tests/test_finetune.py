@@ -10,6 +10,7 @@ from collections import Counter
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from pygpt.config import GPTConfig, LoRAConfig, TrainConfig
 from pygpt.errors import DataError, UsageError
@@ -671,16 +672,29 @@ def test_low_rank_additions_begin_at_nothing_and_merge_into_the_weights():
     assert model.state_dict().keys() == plain.state_dict().keys()
 
 
-def test_a_classifier_learns_by_low_rank_additions_alone(tmp_path):
+@pytest.mark.parametrize("head", [False, True])
+def test_a_classifier_learns_by_low_rank_additions_alone(tmp_path, head):
     model = small_gpt()
-    lora = LoRAConfig(rank=4, alpha=8.0)
-    clf = classify(model, tokenizer(), made_up_texts(400), config(), out=tmp_path, lora=lora)
-    assert clf.report(tmp_path / "test.jsonl").accuracy >= 0.9
+    targets = ("qkv", "out", "up", "down", *(["head"] if head else []))
+    lora = LoRAConfig(rank=4, alpha=8.0, targets=targets)
+    learned = set()
+
+    def watch(event):
+        if event.kind == "checkpoint":
+            learned.update(load_file(f"{event.values['folder']}/optimizer.safetensors"))
+
+    clf = classify(
+        model, tokenizer(), made_up_texts(400), config(), out=tmp_path, lora=lora, on_event=watch
+    )
+    assert head or clf.report(tmp_path / "test.jsonl").accuracy >= 0.9
     before, after = weights(model), weights(clf.model.gpt)
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {
-        n for n in before if n.endswith(("qkv.weight", "out.weight", "ff.up.weight", "down.weight"))
+        n for n in before if n.endswith("weight") and n.split(".")[-2] in lora.targets
     }
+    states = {name.rpartition(".")[0] for name in learned}
+    assert all(name.endswith((".a", ".b")) or ".head." in name for name in states)
+    assert any(name.endswith(".head.a" if head else ".head.weight") for name in states)
     loaded = Classifier.load(tmp_path)
     assert torch.equal(loaded.probabilities(["barks"]), clf.probabilities(["barks"]))
 

@@ -66,7 +66,7 @@ def classify(
     or fresh model wants a higher learning rate.
 
     The run's folder `out` also receives `test.jsonl` and the classifier's `report.json` on it.
-    Texts longer than the context are cut, with one warning that counts them.
+    Texts longer than the context are cut, with a warning that counts them.
 
     >>> clf = classify(model, tok, "spam.csv", out="runs/spam")  # doctest: +SKIP
     """
@@ -92,7 +92,8 @@ def classify(
     tuned: nn.Module = classifier
     if lora is not None:
         tuned = LoRAModel(classifier, lora)
-        classifier.head.requires_grad_("head" not in lora.targets)
+        if "head" not in lora.targets:
+            classifier.head.requires_grad_(True)
     tune(tuned, task, config, out=out, resume=resume, tokenizer=tok, on_event=on_event)
     result = Classifier(classifier, tok)
     if parts["test"]:
@@ -319,9 +320,7 @@ class _Classification:
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
         logits = model(batch["ids"], batch["lengths"])
-        return ops.cross_entropy(logits, batch["classes"], reduction="sum"), len(
-            batch["classes"]
-        )
+        return ops.cross_entropy(logits, batch["classes"], reduction="sum"), len(batch["classes"])
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         found = _log_probabilities(model, self.held_out, len(self.labels), self.batch_size)
