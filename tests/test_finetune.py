@@ -763,6 +763,18 @@ def test_the_preferred_answers_gain_from_an_even_start(tmp_path, instructed):
     assert len(read_preferences(tmp_path / "test.jsonl")) == 3
 
 
+def test_without_a_configuration_the_book_s_settings_are_used(tmp_path, instructed):
+    chat, _, _ = instructed
+    tasks = [(f"Say {i}", "", f"{i}") for i in range(40)]
+    pairs = [(f"Say {i}", "", f"{i}", "no") for i in range(40)]
+    instruct(small_gpt(), tokenizer(), tasks, out=tmp_path / "i", template="short")
+    prefer(chat, chat.tok, pairs, out=tmp_path / "p")
+    classify(small_gpt(), tokenizer(), made_up_texts(40), out=tmp_path / "c")
+    for name, steps, lr in (("i", 2 * 4, 5e-5), ("p", 4, 5e-6), ("c", 5 * 3, 5e-5)):
+        used = Run(tmp_path / name).about["train"]
+        assert (used["steps"], used["batch_size"], used["lr"]) == (steps, 8, lr)
+
+
 def test_the_preference_loss_is_that_worked_out_from_whole_logits(instructed):
     chat, _, _ = instructed
     rows = [Preference("Shout", "hey", "HEY!", "hey"), Preference("Say", "", "a", "bcd")]
