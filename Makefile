@@ -57,10 +57,17 @@ test: lint
 bench: $(VENV)/.installed
 	@set -e; for bench in benchmarks/bench_*.py; do echo "== $$bench"; $(BIN)/python $$bench; done
 
+# SOAK times as many random cases as make test, then the fuzz targets.
+SOAK ?= 50
+soak: $(VENV)/.installed
+	@PYGPT_SOAK=$(SOAK) $(BIN)/python -m pytest tests/test_tokenizer.py tests/test_attention.py \
+	  tests/test_sampling.py tests/test_cross_entropy.py tests/test_linear.py
+	@$(BIN)/python fuzz/run.py --runs $$((20000 * $(SOAK)))
+
 # The module built with the sanitizers, in a copy of the package; -S keeps the installed one out.
 SANITIZE := build/sanitize
 SANITIZED_TESTS ?= tests/test_tokenizer*.py tests/test_attention.py tests/test_sampling.py \
-  tests/test_cross_entropy.py
+  tests/test_cross_entropy.py tests/test_linear.py
 sanitize: $(VENV)/.installed
 	@mkdir -p $(SANITIZE)/site && rm -rf $(SANITIZE)/site/*
 	@cp -r pygpt tests $(SANITIZE)/site && rm -f $(SANITIZE)/site/pygpt/*.so

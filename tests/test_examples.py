@@ -52,3 +52,10 @@ def test_instruct(monkeypatch, capsys, tmp_path, model_folder):
     said = capsys.readouterr().out
     assert "validation loss" in said and "'tasks': 4" in said
     assert (tmp_path / "run" / "model" / "template.json").exists()
+
+
+def test_pretrain_then_generate(monkeypatch, capsys, tmp_path, tiny_corpus):
+    run(monkeypatch, "pretrain.py", tiny_corpus, tmp_path / "run", "--steps", 2)
+    assert "validation loss" in capsys.readouterr().out
+    run(monkeypatch, "generate.py", tmp_path / "run", "The miller", "--tokens", 5)
+    assert capsys.readouterr().out.startswith("The miller")
