@@ -193,7 +193,8 @@ def _continue(
         return
     limit = model.config.context_length
     device = model.tok_emb.weight.device
-    uniforms = _uniforms(seeds, max_new_tokens).to(device)
+    sampler = device if device.type != "mps" else torch.device("cpu")  # which has no float64
+    uniforms = _uniforms(seeds, max_new_tokens).to(sampler)
     histories = [list(prompt) for prompt in prompts] if repetition_penalty != 1.0 else []
     windows = [prompt[-limit:] for prompt in prompts]  # what the model sees of each active request
     active = list(range(len(prompts)))
@@ -204,10 +205,10 @@ def _continue(
     try:
         hidden = _encode(model, windows, cache)
         for number in range(max_new_tokens):
-            logits = F.linear(hidden, model.head_weight)[:, :n_words]
+            logits = F.linear(hidden, model.head_weight)[:, :n_words].to(sampler)
             if histories:
                 sampling["repetition_penalty"] = repetition_penalty
-                sampling["history"] = _padded([histories[r] for r in active], -1, device)
+                sampling["history"] = _padded([histories[r] for r in active], -1, sampler)
             tokens = _sample(logits, uniforms[active, number], sampling)
             on = [row for row, token in enumerate(tokens) if token not in stop_ids]
             yield [(active[row], tokens[row]) for row in on]

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from pygpt import GPT, GPTConfig, PygptError
 from pygpt.weights import convert, describe
-from pygpt.weights.openai import crc32c, read_bundle
+from pygpt.weights.tensorflow_bundle import crc32c, read_bundle
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -236,3 +236,10 @@ def test_modules_are_plain_and_can_be_traversed(tiny_model: GPT) -> None:
     assert F.linear(
         tiny_model.hidden(torch.zeros(1, 1, dtype=torch.long)), tiny_model.head_weight
     ).shape == (1, 1, 61)
+
+
+def test_the_whole_step_compiles_into_one_graph(tiny_model: GPT) -> None:
+    ids = torch.arange(24)[None]
+    torch._dynamo.reset()
+    compiled = torch.compile(tiny_model.loss, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(ids, ids), tiny_model.loss(ids, ids))

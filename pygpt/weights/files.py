@@ -6,7 +6,8 @@ import functools
 import itertools
 import json
 import os
-from collections.abc import Iterable, Mapping
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,9 @@ def read_safetensors(path: Path) -> dict[str, LazyTensor]:
     result = {}
     try:
         file: Any = safe_open(path, framework="pt")
+        expected = (file.metadata() or {}).get("crc32")
+        if expected is not None and _crc32_of_data(path) != expected:
+            raise DataError(f"{path} is damaged: its data is not what was saved (CRC-32 differs)")
         for name in file.keys():  # noqa: SIM118 (it is no dictionary)
             part = file.get_slice(name)
             dtype = dtypes.get(part.get_dtype(), torch.uint8)  # else a mask, which is never read
@@ -65,9 +69,21 @@ def read_safetensors(path: Path) -> dict[str, LazyTensor]:
     return result
 
 
+def _crc32_of_data(path: Path) -> str:
+    crc = 0
+    with path.open("rb") as file:
+        file.seek(8 + int.from_bytes(file.read(8), "little"))
+        while chunk := file.read(2**20):
+            crc = zlib.crc32(chunk, crc)
+    return f"{crc:08x}"
+
+
 def write_safetensors(path: Path, tensors: Mapping[str, LazyTensor]) -> None:
-    """Write tensors one at a time, so that no second copy of the model is ever in memory."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    """Write tensors one at a time, so that no second copy of the model is ever in memory.
+
+    The header's metadata holds the CRC-32 of the data, which `read_safetensors` verifies.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", "crc32": "00000000"}}
     offset = 0
     for name, tensor in tensors.items():
         end = offset + tensor.numel * tensor.dtype.itemsize
@@ -76,8 +92,19 @@ def write_safetensors(path: Path, tensors: Mapping[str, LazyTensor]) -> None:
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    data = (to_bytes(tensor) for tensor in tensors.values())
-    write_whole(path, itertools.chain([len(text).to_bytes(8, "little"), text], data))
+    crc = 0
+
+    def data() -> Iterator[memoryview]:
+        nonlocal crc
+        for tensor in tensors.values():
+            chunk = to_bytes(tensor)
+            crc = zlib.crc32(chunk, crc)
+            yield chunk
+
+    def patch() -> tuple[int, bytes]:
+        return 8 + text.index(b"00000000"), f"{crc:08x}".encode()
+
+    write_whole(path, itertools.chain([len(text).to_bytes(8, "little"), text], data()), patch)
 
 
 def to_bytes(tensor: LazyTensor, dtype: torch.dtype | None = None) -> memoryview:
@@ -85,13 +112,24 @@ def to_bytes(tensor: LazyTensor, dtype: torch.dtype | None = None) -> memoryview
     return tensor.load(dtype, "cpu").reshape(-1).view(torch.uint8).numpy().data
 
 
-def write_whole(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
-    """Write a file under another name, and give it its own once all of it is on the disk."""
+def write_whole(
+    path: Path,
+    chunks: Iterable[bytes | memoryview],
+    patch: Callable[[], tuple[int, bytes]] | None = None,
+) -> None:
+    """Write a file under another name, and give it its own once all of it is on the disk.
+
+    `patch` says, when all is written, what belongs at an earlier place.
+    """
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         with part.open("wb") as file:
             for chunk in chunks:
                 file.write(chunk)
+            if patch is not None:
+                at, late = patch()
+                file.seek(at)
+                file.write(late)
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)
