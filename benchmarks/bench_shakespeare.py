@@ -27,8 +27,8 @@ from pygpt import GPT, GPTConfig, Tokenizer, TrainConfig, data, pretrain
 from pygpt.training import Event, Pretraining, steps_for
 
 TARGET = 1.88
-SHAPE = {"context_length": 64, "emb_dim": 128, "n_heads": 4, "n_layers": 4, "drop_rate": 0.0}
-RECIPE = {"batch_size": 12, "lr": 4e-3, "warmup_steps": 100, "checkpoint_every": 0}
+SHAPE = {"context_length": 128, "emb_dim": 128, "n_heads": 4, "n_layers": 4, "drop_rate": 0.0}
+RECIPE = {"batch_size": 8, "lr": 2.5e-3, "warmup_steps": 100, "checkpoint_every": 0}
 
 Curve = list[tuple[float, int, float]]  # seconds, tokens, validation loss
 
@@ -80,13 +80,13 @@ def train_plain(train: Tensor, validation: Tensor, seconds: float) -> Curve:
         lr=lr,
         betas=(0.9, 0.99),
     )
-    window, every = torch.arange(context + 1), 250
+    window = torch.arange(context + 1)
     starts = torch.arange(0, len(validation) - context, context)
     curve: Curve = []
     step, clock = 0, 0.0
     while clock < seconds:
         begin = time.perf_counter()
-        for _ in range(every):
+        for _ in range(250 if step < steps else 1000):
             rate = lr * (step + 1) / (warmup + 1)
             if step >= warmup:
                 progress = min(1.0, (step - warmup) / (steps - warmup))
@@ -121,13 +121,13 @@ def train_pygpt(path: Path, folder: Path, seconds: float, steps: int | None) -> 
     with torch.no_grad():  # GPT-2's 0.02 suits its widths; narrow matrices learn sooner from more
         for p in model.parameters():
             if p.ndim == 2:
-                p.mul_(2.5)
+                p.mul_(4)
     if steps is None:
         config = TrainConfig(**RECIPE)
         task = Pretraining(prepared, shape.context_length, config)
         steps = steps_for(seconds, model, task, config, evaluations=0)
         print(f"  pygpt  a probe fixes {steps} steps; --steps {steps} repeats this run")
-    config = TrainConfig(steps=steps, eval_every=max(1, steps // 30), **RECIPE)
+    config = TrainConfig(steps=steps, eval_every=max(1, steps // 25), **RECIPE)
     per_step = config.batch_size * shape.context_length
     curve: Curve = []
     begin, evaluating = 0.0, 0.0
@@ -146,12 +146,17 @@ def train_pygpt(path: Path, folder: Path, seconds: float, steps: int | None) -> 
     return curve
 
 
-def reached(curve: Curve, target: float) -> float:
+def crossing(curve: Curve, target: float) -> float:
     """When the curve first came down to the target, on straight lines between evaluations."""
     for (t0, _, loss0), (t1, _, loss1) in itertools.pairwise(curve):
         if loss1 <= target < loss0:
             return t0 + (t1 - t0) * (loss0 - target) / (loss0 - loss1)
     return math.inf
+
+
+def loss_at(curve: Curve, seconds: float) -> float:
+    """The last evaluation that was over by then."""
+    return next((loss for clock, _, loss in reversed(curve) if clock <= seconds), math.inf)
 
 
 def main() -> None:
@@ -174,14 +179,12 @@ def main() -> None:
             curves["pygpt"] = train_pygpt(
                 arguments.text, Path(folder), arguments.seconds, arguments.steps
             )
-    print(
-        f"\n{'':16}{f's to {TARGET} nats':>16}{'lowest nats':>16}{'at the end':>16}{'tokens/s':>16}"
-    )
+    heads = ("", f"s to {TARGET} nats", f"nats at {arguments.seconds:.0f} s", "lowest", "tokens/s")
+    print("\n" + "".join(f"{head:>16}" for head in heads))
     for name, curve in curves.items():
-        losses = [loss for _, _, loss in curve]
-        speed = curve[-1][1] / curve[-1][0]
-        when = reached(curve, TARGET)
-        print(f"{name:16}{when:16.1f}{min(losses):16.4f}{losses[-1]:16.4f}{speed:16,.0f}")
+        when, then = crossing(curve, TARGET), loss_at(curve, arguments.seconds)
+        lowest, speed = min(loss for _, _, loss in curve), curve[-1][1] / curve[-1][0]
+        print(f"{name:>16}{when:16.1f}{then:16.4f}{lowest:16.4f}{speed:16,.0f}")
 
 
 if __name__ == "__main__":
