@@ -5,13 +5,13 @@
 #include "core/error.h"
 #include "core/isa.h"
 #include "core/parallel.h"
-#include "cuda/cuda.h"
 
 namespace py = pybind11;
 
 namespace pygpt {
 
 void bind_tokenizer(py::module_& m);  // bindings_tokenizer.cpp
+void bind_cuda(py::module_& m);       // bindings_cuda.cpp
 
 namespace {
 
@@ -23,16 +23,6 @@ void bind_machine(py::module_& m) {
                       reinterpret_cast<TorchGetNumThreads>(get_num_threads));
   });
   m.def("num_threads", &num_threads);
-  m.def("cuda_info", [] {
-    const CudaInfo info = cuda_info();
-    py::dict d;
-    d["built"] = info.built;
-    d["runtime_version"] = info.runtime_version;
-    d["driver_version"] = info.driver_version;
-    d["devices"] = info.devices;
-    d["why_unusable"] = info.why_unusable;
-    return d;
-  });
 }
 
 template <class T>
@@ -197,6 +187,7 @@ PYBIND11_MODULE(_native, m) {
   current_isa();  // an unknown PYGPT_ISA is an error here, not at the first call
   bind_machine(m);
   bind_tokenizer(m);
+  bind_cuda(m);
   bind_attention(m);
   bind_sample(m);
   bind_cross_entropy(m);

@@ -11,6 +11,56 @@ def available_isas() -> list[str]: ...
 def set_torch_threads(arg0: int, arg1: int) -> None: ...
 def num_threads() -> int: ...
 def cuda_info() -> dict[str, Any]: ...
+
+_Launch = tuple[int, int]
+_Place = tuple[int, int, int, int]
+_Attention = tuple[int, tuple[int, ...], float, int, int, int, float, int]
+
+def cuda_attention_splits(arg0: _Launch, arg1: _Attention) -> int: ...
+def cuda_attention_forward(
+    arg0: _Launch, arg1: _Attention, arg2: Sequence[_Place], arg3: int
+) -> None: ...
+def cuda_attention_decode(
+    arg0: _Launch, arg1: _Attention, arg2: Sequence[_Place], arg3: int, arg4: int, arg5: int
+) -> None: ...
+def cuda_attention_backward(
+    arg0: _Launch,
+    arg1: _Attention,
+    arg2: Sequence[_Place],
+    arg3: int,
+    arg4: Sequence[_Place],
+    arg5: int,
+) -> None: ...
+def cuda_sample(
+    arg0: _Launch,
+    arg1: int,
+    arg2: int,
+    arg3: int,
+    arg4: int,
+    arg5: int,
+    arg6: int,
+    arg7: int,
+    arg8: int,
+    arg9: int,
+    arg10: int,
+    arg11: int,
+    arg12: int,
+    arg13: int,
+    arg14: int,
+) -> None: ...
+def cuda_cross_entropy(
+    arg0: _Launch,
+    arg1: int,
+    arg2: int,
+    arg3: int,
+    arg4: int,
+    arg5: int,
+    arg6: int,
+    arg7: int,
+    arg8: int,
+    arg9: int,
+    arg10: int,
+) -> None: ...
 def attention_forward(
     arg0: int,
     arg1: tuple[int, int, int, int, int, int],

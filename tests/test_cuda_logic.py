@@ -1,0 +1,517 @@
+"""The CUDA kernels' source, run on the CPU: tests/cuda_emulator stands in for the GPU.
+
+Held against float64 twins written here from the definitions, on shapes that cross every tile edge.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import math
+import os
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import pygpt.ops  # noqa: F401  registers the CPU's ops
+
+ROOT = Path(__file__).resolve().parents[1]
+FLAGS = ["-std=c++20", "-O2", "-fPIC", "-ffp-contract=off", "-Wno-unknown-pragmas"]
+NAMES = ("out", "dq", "dk", "dv")
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+class Pointers(ctypes.Structure):
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        ("batch", ctypes.c_int64),
+        ("token", ctypes.c_int64),
+        ("head", ctypes.c_int64),
+    ]
+
+
+class Attention(ctypes.Structure):
+    _fields_ = [
+        *((name, Pointers) for name in ("q", "k", "v", "out")),
+        ("lse", ctypes.c_void_p),
+        *(
+            (name, ctypes.c_int32)
+            for name in ("batches", "queries", "keys", "heads", "kv_heads", "channels", "dtype")
+        ),
+        ("scale", ctypes.c_float),
+        ("window", ctypes.c_int32),
+        ("document_starts", ctypes.c_void_p),
+        ("kv_lengths", ctypes.c_void_p),
+        ("dropout_threshold", ctypes.c_uint32),
+        ("kept_scale", ctypes.c_float),
+        ("seed", ctypes.c_void_p),
+    ]
+
+
+class Sample(ctypes.Structure):
+    _fields_ = [
+        ("logits", ctypes.c_void_p),
+        ("dtype", ctypes.c_int32),
+        ("rows", ctypes.c_int64),
+        ("vocab", ctypes.c_int64),
+        ("logits_stride", ctypes.c_int64),
+        ("parameters", ctypes.c_void_p),
+        ("parameters_stride", ctypes.c_int64),
+        ("uniforms", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("bias_stride", ctypes.c_int64),
+        ("history", ctypes.c_void_p),
+        ("history_length", ctypes.c_int64),
+        ("tokens", ctypes.c_void_p),
+    ]
+
+
+class CrossEntropy(ctypes.Structure):
+    _fields_ = [
+        ("logits", ctypes.c_void_p),
+        ("dtype", ctypes.c_int32),
+        ("rows", ctypes.c_int64),
+        ("vocab", ctypes.c_int64),
+        ("logits_stride", ctypes.c_int64),
+        ("targets", ctypes.c_void_p),
+        ("ignore_index", ctypes.c_int64),
+        ("losses", ctypes.c_void_p),
+        ("row_scale", ctypes.c_void_p),
+        ("row_scale_stride", ctypes.c_int64),
+    ]
+
+
+class Gradient(ctypes.Structure):
+    _fields_ = [
+        *((name, Pointers) for name in ("dout", "dq", "dk", "dv")),
+        ("delta", ctypes.c_void_p),
+    ]
+
+
+@pytest.fixture(scope="session")
+def emulator() -> ctypes.CDLL:
+    """csrc/cuda compiled for the CPU; kept in build/, under the hash of its sources."""
+    compiler = os.environ.get("CXX") or shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no g++ to compile the emulator with")
+    kernels = sorted(p for p in (ROOT / "csrc/cuda").glob("*.cu") if p.name != "device.cu")
+    sources = [*kernels, ROOT / "tests/cuda_emulator/entry.cpp"]
+    headers = [p for folder in ("csrc", "tests/cuda_emulator") for p in (ROOT / folder).rglob("*h")]
+    digest = hashlib.sha256(b"".join(p.read_bytes() for p in sources + sorted(headers)))
+    folder = ROOT / "build" / f"cuda_emulator-{digest.hexdigest()[:16]}"
+    library = folder / "emulator.so"
+    if not library.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        includes = [f"-I{ROOT / 'tests/cuda_emulator'}", f"-I{ROOT / 'csrc'}"]
+
+        def build(source: Path) -> str:
+            target = folder / f"{source.name}.{os.getpid()}.o"
+            subprocess.run(
+                [compiler, *FLAGS, *includes, "-x", "c++", "-c", str(source), "-o", str(target)],
+                check=True,
+            )
+            return str(target)
+
+        with ThreadPoolExecutor(2) as pool:
+            objects = list(pool.map(build, sources))
+        fresh = folder / f"emulator.{os.getpid()}.so"
+        subprocess.run([compiler, "-shared", "-o", str(fresh), *objects], check=True)
+        fresh.rename(library)
+    return ctypes.CDLL(str(library))
+
+
+@dataclass
+class Case:
+    queries: int
+    keys: int
+    channels: int = 64
+    batches: int = 1
+    heads: int = 1
+    kv_heads: int = 1
+    window: int = 0
+    documents: bool = False
+    lengths: tuple[int, ...] | None = None
+    dropout_p: float = 0.0
+    scale: float | None = None
+    fused: bool = False  # q, k and v as views of one projection
+
+    def __str__(self) -> str:
+        default = Case(0, 0)
+        return "-".join(
+            f"{key}={value}" for key, value in vars(self).items() if value != getattr(default, key)
+        )
+
+
+def philox_words(seed: int, case: Case) -> Tensor:
+    """(B, H, T, S) words, from the paper's definition."""
+    shape = (case.batches, case.heads, case.queries, case.keys)
+    b, h, i, j = torch.meshgrid(*(torch.arange(n) for n in shape), indexing="ij")
+    counter = [j // 4, i, h, b]
+    low, high = seed & 0xFFFFFFFF, seed >> 32
+    mask = 0xFFFFFFFF
+
+    def product(x: int, y: Tensor) -> tuple[Tensor, Tensor]:  # high and low words, without overflow
+        low_part = (x & 0xFFFF) * y
+        high_part = (x >> 16) * y + (low_part >> 16)
+        return high_part >> 16, (high_part << 16 | low_part & 0xFFFF) & mask
+
+    for _ in range(10):
+        high0, low0 = product(0xD2511F53, counter[0])
+        high1, low1 = product(0xCD9E8D57, counter[2])
+        counter = [high1 ^ counter[1] ^ low, low1, high0 ^ counter[3] ^ high, low0]
+        low, high = (low + 0x9E3779B9) & mask, (high + 0xBB67AE85) & mask
+    return torch.stack(counter, -1).gather(-1, (j % 4)[..., None])[..., 0]
+
+
+@dataclass
+class Inputs:
+    case: Case
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    dout: Tensor
+    seed: Tensor
+    document_ids: Tensor | None
+    starts: Tensor | None
+    lengths: Tensor | None
+
+    @property
+    def scale(self) -> float:
+        return self.case.scale or 1 / math.sqrt(self.case.channels)
+
+    def exact(self, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+        """out, dq, dk, dv in the precision of `dtype`, from the definition."""
+        c = self.case
+        q, k, v = (x.to(dtype).requires_grad_() for x in (self.q, self.k, self.v))
+        group = c.heads // c.kv_heads
+        scores = torch.einsum("bthd,bshd->bhts", q, k.repeat_interleave(group, 2)) * self.scale
+        lengths = torch.full((c.batches,), c.keys) if self.lengths is None else self.lengths.long()
+        position = (lengths[:, None] - c.queries + torch.arange(c.queries))[:, :, None]
+        key = torch.arange(c.keys)
+        seen = key <= position
+        if c.window:
+            seen = seen & (key > position - c.window)
+        if self.document_ids is not None:
+            ids = self.document_ids.long()
+            mine = ids.gather(1, position[..., 0].clamp(min=0))
+            seen = seen & (mine[..., None] == ids[:, None])
+        scores = scores.masked_fill(~seen[:, None], -math.inf)
+        p = torch.softmax(scores, -1).masked_fill(~seen[:, None], 0.0).nan_to_num()
+        if c.dropout_p:
+            threshold = int(c.dropout_p * 2**32)
+            kept = philox_words(int(self.seed), c) >= threshold
+            p = p * kept / (1 - c.dropout_p)
+        out = torch.einsum("bhts,bshd->bthd", p, v.repeat_interleave(group, 2))
+        return [out.detach(), *torch.autograd.grad(out, (q, k, v), self.dout.to(dtype))]
+
+
+def make_inputs(case: Case, dtype: torch.dtype, seed: int) -> Inputs:
+    random = torch.Generator().manual_seed(seed)
+    c = case
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=random).to(dtype)
+
+    if c.fused:
+        joint = normal(c.batches, c.keys, c.heads + 2 * c.kv_heads, c.channels)
+        q, k, v = joint.split([c.heads, c.kv_heads, c.kv_heads], 2)
+        q = q[:, c.keys - c.queries :]
+    else:
+        q = normal(c.batches, c.queries, c.heads, c.channels)
+        k = normal(c.batches, c.keys, c.kv_heads, c.channels)
+        v = normal(c.batches, c.keys, c.kv_heads, c.channels)
+    ids = starts = None
+    if c.documents:
+        breaks = torch.rand((c.batches, c.keys), generator=random) < 0.04
+        ids = breaks.cumsum(1).int()
+        starts = torch.searchsorted(ids, ids, out_int32=True)
+    return Inputs(
+        case,
+        q,
+        k,
+        v,
+        normal(c.batches, c.queries, c.heads, c.channels),
+        torch.tensor([0x1234567890ABCDEF + seed]),
+        ids,
+        starts,
+        None if c.lengths is None else torch.tensor(c.lengths, dtype=torch.int32),
+    )
+
+
+def pointers(x: Tensor) -> Pointers:
+    return Pointers(x.data_ptr(), x.stride(0), x.stride(1), x.stride(2))
+
+
+def optional(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
+
+
+def attention_struct(inputs: Inputs, out: Tensor, lse: Tensor) -> Attention:
+    c = inputs.case
+    return Attention(
+        *(pointers(x) for x in (inputs.q, inputs.k, inputs.v, out)),
+        lse.data_ptr(),
+        c.batches,
+        c.queries,
+        c.keys,
+        c.heads,
+        c.kv_heads,
+        c.channels,
+        DTYPES.index(inputs.q.dtype),
+        inputs.scale,
+        c.window,
+        optional(inputs.starts),
+        optional(inputs.lengths),
+        int(c.dropout_p * 2**32),
+        1 / (1 - c.dropout_p),
+        inputs.seed.data_ptr(),
+    )
+
+
+def run(emulator: ctypes.CDLL, inputs: Inputs, *, backward: bool, order: int = 0) -> list[Tensor]:
+    """out and, with backward, dq, dk, dv as the kernels compute them; poisoned beforehand."""
+    emulator.emulated_order(order)
+    c = inputs.case
+    out = torch.full_like(inputs.dout, math.nan)
+    lse = torch.full((c.batches, c.heads, c.queries), math.nan)
+    struct = attention_struct(inputs, out, lse)
+    emulator.emulated_attention_forward(ctypes.byref(struct))
+    if not backward:
+        return [out]
+    delta = torch.full_like(lse, math.nan)
+    grads = [torch.full_like(x, math.nan).contiguous() for x in (inputs.q, inputs.k, inputs.v)]
+    gradient = Gradient(*(pointers(x) for x in (inputs.dout, *grads)), delta.data_ptr())
+    emulator.emulated_attention_backward(ctypes.byref(struct), ctypes.byref(gradient))
+    return [out, *grads]
+
+
+def assert_close(results: list[Tensor], inputs: Inputs) -> None:
+    """Each error at most twice that of the plain definition in the same dtype, plus rounding."""
+    dtype = results[0].dtype
+    exact = inputs.exact()
+    naive = inputs.exact(dtype)
+    for name, ours, plain, true in zip(NAMES, results, naive, exact, strict=False):
+        error = (ours.double() - true).abs().max()
+        plain_error = (plain.double() - true).abs().max()
+        eps = 2 * torch.finfo(dtype).eps * max(float(x.abs().max()) for x in exact)
+        assert error <= 2 * plain_error + eps, f"{name}: {error:.3g} against {plain_error:.3g}"
+
+
+CASES = [
+    Case(1, 1),
+    Case(7, 7, channels=8),
+    Case(64, 64),
+    Case(65, 65, channels=64, heads=3),
+    Case(130, 130, batches=2, heads=4, kv_heads=2),
+    Case(200, 200, channels=128),
+    Case(40, 40, channels=128),
+    Case(33, 150, channels=96, heads=4, kv_heads=1),
+    Case(70, 70, channels=40, fused=True, heads=2, kv_heads=2),
+    Case(150, 150, window=17, heads=2),
+    Case(150, 200, window=100, channels=128),
+    Case(160, 160, documents=True, batches=2, heads=2),
+    Case(140, 170, documents=True, window=40, channels=72),
+    Case(40, 140, batches=3, lengths=(140, 77, 20), heads=2, kv_heads=1),
+    Case(100, 100, scale=0.5, channels=120),
+    Case(70, 100, dropout_p=0.3, batches=2, heads=4, kv_heads=2),
+    Case(70, 80, dropout_p=0.1, channels=128, window=50),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_attention_and_its_gradient_match_the_definition(
+    emulator: ctypes.CDLL, case: Case, dtype: torch.dtype
+) -> None:
+    inputs = make_inputs(case, dtype, seed=case.queries)
+    assert_close(run(emulator, inputs, backward=True), inputs)
+
+
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16", "fp16"])
+def test_no_result_depends_on_which_thread_runs_first(
+    emulator: ctypes.CDLL, dtype: torch.dtype, order: int
+) -> None:
+    inputs = make_inputs(Case(70, 140, window=90, dropout_p=0.2, channels=128), dtype, seed=1)
+    first = run(emulator, inputs, backward=True)
+    for one, other in zip(first, run(emulator, inputs, backward=True, order=order), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_tiles_are_skipped_and_masked_by_ranges_that_match_the_definition(
+    emulator: ctypes.CDLL,
+) -> None:
+    assert emulator.emulated_range_errors(6) == 0
+
+
+def test_philox_gives_the_published_words() -> None:
+    assert [hex(int(w)) for w in philox_words(0, Case(1, 4))[0, 0, 0]] == [
+        "0x6627e8d5",
+        "0xe169c58d",
+        "0xbc57ac4c",
+        "0x9b00dbd8",
+    ]
+
+
+DECODE_CASES = [
+    Case(1, 1),
+    Case(1, 777, batches=2, heads=3, kv_heads=3),
+    Case(1, 600, heads=4, kv_heads=1, channels=128),
+    Case(3, 520, heads=4, kv_heads=2, batches=2, channels=72),
+    Case(1, 600, window=33),
+    Case(4, 700, documents=True),
+    Case(2, 600, batches=3, lengths=(600, 300, 1), heads=2, kv_heads=1),
+]
+
+
+@pytest.mark.parametrize("splits", [0, 1, 5], ids=["chosen", "one", "five"])
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("case", DECODE_CASES, ids=str)
+def test_decoding_merges_its_parts_to_the_definition(
+    emulator: ctypes.CDLL, case: Case, dtype: torch.dtype, splits: int
+) -> None:
+    inputs = make_inputs(case, dtype, seed=case.keys)
+    out = torch.full_like(inputs.dout, math.nan)
+    lse = torch.full((case.batches, case.heads, case.queries), math.nan)
+    struct = attention_struct(inputs, out, lse)
+    splits = splits or emulator.emulated_attention_splits(ctypes.byref(struct))
+    assert splits > 0
+    workspace = torch.full((splits * out.numel() // case.channels * (case.channels + 2),), math.nan)
+    results = []
+    for order in range(3):
+        emulator.emulated_order(order)
+        out.fill_(math.nan)
+        emulator.emulated_attention_decode(
+            ctypes.byref(struct), splits, ctypes.c_void_p(workspace.data_ptr())
+        )
+        results.append(out.clone())
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+    assert_close(results[:1], inputs)
+    decoded = lse.clone()
+    emulator.emulated_attention_forward(ctypes.byref(struct))
+    torch.testing.assert_close(decoded, lse, rtol=1e-5, atol=1e-4)
+
+
+def sample_tokens(
+    emulator: ctypes.CDLL,
+    logits: Tensor,
+    parameters: Tensor,
+    uniforms: Tensor,
+    bias: Tensor | None,
+    history: Tensor | None,
+) -> Tensor:
+    rows, vocab = logits.shape
+    tokens = torch.full((rows,), -7)
+    keys = torch.full((rows, vocab), -7, dtype=torch.int32)
+    struct = Sample(
+        logits.data_ptr(),
+        DTYPES.index(logits.dtype),
+        rows,
+        vocab,
+        logits.stride(0),
+        parameters.data_ptr(),
+        1,
+        uniforms.data_ptr(),
+        optional(bias),
+        0 if bias is None else bias.stride(0),
+        optional(history),
+        0 if history is None else history.shape[1],
+        tokens.data_ptr(),
+    )
+    emulator.emulated_sample(ctypes.byref(struct), ctypes.c_void_p(keys.data_ptr()))
+    return tokens
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("vocab", [1, 50, 3000])
+def test_sampled_tokens_are_those_of_the_cpu(
+    emulator: ctypes.CDLL, vocab: int, dtype: torch.dtype
+) -> None:
+    random = torch.Generator().manual_seed(vocab)
+    choices = [
+        [0.0, 0.7, 1.0, 5.0],  # temperature
+        [0, 1, 7, 40, vocab],  # top_k
+        [1.0, 0.9, 0.3, 1e-9],  # top_p
+        [0.0, 0.05],  # min_p
+        [1.0, 1.3],  # repetition
+        [0.0, 0.4],  # presence
+        [0.0, 0.2],  # frequency
+    ]
+    rows = 24
+    parameters = torch.stack(
+        [
+            torch.tensor(values, dtype=torch.float64)[
+                torch.randint(len(values), (rows,), generator=random)
+            ]
+            for values in choices
+        ],
+        1,
+    )
+    logits = (torch.randn(rows, vocab, generator=random) * 3).to(dtype)
+    logits[::3] = (logits[::3].float() * 2).round().to(dtype) / 2  # many ties
+    uniforms = torch.rand(rows, dtype=torch.float64, generator=random)
+    bias = torch.randn(rows, vocab, generator=random)
+    history = torch.randint(-1, vocab, (rows, 9), generator=random)
+    emulator.emulated_order(DTYPES.index(dtype))  # each dtype in another order
+    for with_extras in (False, True):
+        extras = (bias, history) if with_extras else (None, None)
+        expected = torch.ops.pygpt.sample(logits, uniforms, parameters, *extras)
+        tokens = sample_tokens(emulator, logits, parameters, uniforms, *extras)
+        assert tokens.tolist() == expected.tolist()
+
+
+def test_a_row_without_a_choice_gives_no_token(emulator: ctypes.CDLL) -> None:
+    logits = torch.zeros(4, 9)
+    logits[0, 3], logits[1, 2], logits[2] = math.nan, math.inf, -math.inf
+    parameters = torch.tensor([[1.0, 3, 0.9, 0, 1, 0, 0]], dtype=torch.float64).repeat(4, 1)
+    uniforms = torch.zeros(4, dtype=torch.float64)
+    tokens = sample_tokens(emulator, logits, parameters, uniforms, None, None)
+    assert tokens.tolist() == [-1, -1, -1, 0]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("vocab", [1, 5, 1003, 5000])
+def test_cross_entropy_and_its_gradient_match_the_definition(
+    emulator: ctypes.CDLL, vocab: int, dtype: torch.dtype
+) -> None:
+    random = torch.Generator().manual_seed(vocab)
+    rows = 5
+    logits = (torch.randn(rows, vocab + 3, generator=random) * 4).to(dtype)[:, 1 : vocab + 1]
+    if vocab > 5:
+        logits[1, 2:4] = -math.inf
+    targets = torch.randint(vocab, (rows,), generator=random)
+    targets[1], targets[2] = 0, -100
+    scales = torch.rand(rows, generator=random)
+    exact = logits.double().requires_grad_()
+    losses = torch.nn.functional.cross_entropy(exact, targets, reduction="none")
+    (losses * scales).sum().backward()
+    found = torch.full((rows,), math.nan)
+    struct = CrossEntropy(
+        logits.data_ptr(),
+        DTYPES.index(dtype),
+        rows,
+        vocab,
+        logits.stride(0),
+        targets.data_ptr(),
+        -100,
+        found.data_ptr(),
+        None,
+        1,
+    )
+    before = logits.clone()
+    emulator.emulated_order(DTYPES.index(dtype))
+    for scale in (None, scales.data_ptr()):
+        struct.row_scale = scale
+        emulator.emulated_cross_entropy(ctypes.byref(struct))
+        torch.testing.assert_close(found, losses.float(), rtol=2e-6, atol=2e-6)
+        if scale is None:
+            assert torch.equal(logits, before)
+    rtol = max(2 * torch.finfo(dtype).eps, 1e-5)
+    torch.testing.assert_close(logits.double(), exact.grad, rtol=rtol, atol=1e-6)
