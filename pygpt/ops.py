@@ -71,14 +71,57 @@ _library = torch.library.Library("pygpt", "DEF")  # type: ignore[no-untyped-call
 _NATIVE_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
-def _resolve(impl: Impl, *, native: bool, tensors: str = "these tensors") -> Impl:
-    """The backend of a call: `native` says whether a kernel exists for its tensors."""
+# Where "auto" takes a CUDA kernel: (op, compute capability) -> the date and device on which it was
+# measured right and not slower than what torch chooses there.
+_MEASURED: dict[tuple[str, tuple[int, int]], str] = {}
+
+
+@functools.cache
+def _cuda_info() -> dict[str, Any]:
+    return _native.cuda_info()
+
+
+# torch.compile asks these two while it traces and takes the answers as they are.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _cuda_problem() -> str:
+    """Why this build's CUDA kernels cannot run here, or nothing."""
+    return str(_cuda_info()["why_unusable"])
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _when_measured(op: str, device: torch.device) -> str:
+    """The entry of _MEASURED for a GPU, or nothing."""
+    return _MEASURED.get((op, torch.cuda.get_device_capability(device)), "")
+
+
+def _auto_takes(op: str, device: torch.device) -> bool:
+    """Whether "auto" takes the op's native kernel where there is one."""
+    return device.type != "cuda" or bool(_when_measured(op, device))
+
+
+def _why_no_kernel(device: torch.device) -> str:
+    """What keeps native kernels from a device's tensors, or nothing."""
+    if device.type == "cuda":
+        return _cuda_problem() and f"CUDA tensors ({_cuda_problem()})"
+    return "" if device.type == "cpu" else f"{device.type} tensors"
+
+
+def _launch(x: Tensor) -> tuple[int, int]:
+    """Device and stream for a CUDA kernel."""
+    return x.get_device(), torch.cuda.current_stream(x.device).cuda_stream
+
+
+def _resolve(
+    impl: Impl, *, native: bool, auto: bool = True, tensors: str = "these tensors"
+) -> Impl:
+    """The backend of a call: `native` says whether a kernel exists for its tensors, `auto` whether
+    "auto" takes it."""
     if impl not in get_args(Impl):
         raise ValueError(f"impl must be one of {', '.join(get_args(Impl))}, got {impl!r}")
     if impl == "auto":
         impl = _backend
     if impl == "auto":
-        return "native" if native else "torch"
+        return "native" if native and auto else "torch"
     if impl == "native" and not native:
         raise ValueError(f"impl='native' has no kernel for {tensors}; use impl='auto'")
     return impl
@@ -98,14 +141,17 @@ def chosen_backend(
     if op == "causal_attention":
         why_not = _why_not_native_attention(device, dtype, 64 if head_dim is None else head_dim)
     elif op in ("sample", "cross_entropy", "linear_cross_entropy"):
-        why_not = f"{dtype}" if dtype not in _NATIVE_DTYPES else ""
-        why_not = why_not if device.type == "cpu" else f"{device.type} tensors"
+        why_not = f"{dtype}" if dtype not in _NATIVE_DTYPES else _why_no_kernel(device)
     else:
         raise ValueError(f"op must name an op of pygpt.ops, got {op!r}")
     if _backend != "auto":
         return _backend, "asked for by ops.backend"
     if why_not:
         return "torch", f"no native kernel for {why_not}"
+    if not _auto_takes(op, device):
+        return "torch", "the CUDA kernel has not been measured on this kind of GPU"
+    if device.type == "cuda":
+        return "native", f"measured {_when_measured(op, device)}"
     return "native", f"{_native.isa()} kernels"
 
 
@@ -138,8 +184,8 @@ def causal_attention(
     `dropout_p` drops weights by Philox words keyed with `seed`, a one-element int64 tensor drawn
     from torch's generator by default; the "torch" backend draws for itself.
 
-    Native on the CPU for float32, bfloat16 and float16 and D a multiple of 8 up to 256. It can be
-    differentiated once.
+    Native for float32, bfloat16 and float16 and D a multiple of 8, up to 256 on the CPU and 128 on
+    CUDA. It can be differentiated once.
 
     >>> q = k = v = torch.eye(8).reshape(1, 8, 1, 8)
     >>> causal_attention(q, k, v)[0, 1, 0, :3]
@@ -150,9 +196,14 @@ def causal_attention(
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     why_not = _why_not_native_attention(q.device, q.dtype, q.shape[-1])
-    chosen = _resolve(impl, native=not why_not, tensors=f"causal attention on {why_not}")
+    chosen = _resolve(
+        impl,
+        native=not why_not,
+        auto=_auto_takes("causal_attention", q.device),
+        tensors=f"causal attention on {why_not}",
+    )
     if dropout_p and seed is None and chosen != "torch":
-        seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64)
+        seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=q.device)
     if chosen == "native":
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
         out: Tensor = torch.ops.pygpt.causal_attention(
@@ -168,12 +219,13 @@ def causal_attention(
 
 def _why_not_native_attention(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
     """What the native kernel does not cover, or nothing."""
-    if device.type != "cpu":
-        return f"{device.type} tensors"
+    if why_not := _why_no_kernel(device):
+        return why_not
     if dtype not in _NATIVE_DTYPES:
         return f"{dtype}"
-    if head_dim % 8 or not 0 < head_dim <= 256:
-        return f"head dimension {head_dim}, which is not a multiple of 8 up to 256"
+    most = 128 if device.type == "cuda" else 256
+    if head_dim % 8 or not 0 < head_dim <= most:
+        return f"head dimension {head_dim}, which is not a multiple of 8 up to {most}"
     return ""
 
 
@@ -404,6 +456,82 @@ def _attention_twice(ctx: Any, *gradients: Tensor) -> None:
     )
 
 
+def _in_chunks(x: Tensor) -> Tensor:
+    """x, or a copy, such that every row of channels starts at a multiple of 16 bytes."""
+    strides = (stride * x.element_size() for stride in x.stride()[:3])
+    aligned = x.data_ptr() % 16 == 0 and all(stride % 16 == 0 for stride in strides)
+    return x if aligned and x.stride(3) == 1 else x.clone(memory_format=torch.contiguous_format)
+
+
+def _cuda_attention_arguments(
+    q: Tensor,
+    k: Tensor,
+    scale: float,
+    window: int,
+    document_ids: Tensor | None,
+    kv_lengths: Tensor | None,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[tuple[Any, ...], list[Tensor | None]]:
+    """What forward and backward have in common, and the tensors it points to."""
+    if document_ids is not None:  # as the position where each position's document starts
+        ids = document_ids.contiguous()
+        document_ids = torch.searchsorted(ids, ids, out_int32=True)
+    kept = [
+        None if x is None else x.to(q.device).contiguous() for x in (document_ids, kv_lengths, seed)
+    ]
+    return _attention_arguments(q, k, scale, window, kept[0], kept[1], dropout_p, kept[2]), kept
+
+
+@torch.library.impl(_library, "causal_attention", "CUDA")
+def _attention_cuda(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, window: int, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    out, lse = _attention_fake(q, k, v, scale, window, *rest)
+    if not out.numel():
+        return out, lse
+    q, k, v = (_in_chunks(x) for x in (q, k, v))
+    common, _kept = _cuda_attention_arguments(q, k, scale, window, *rest)
+    launch, tensors = _launch(q), [_place(x) for x in (q, k, v, out)]
+    if splits := _native.cuda_attention_splits(launch, common):
+        workspace = lse.new_empty(splits * lse.numel() * (q.shape[3] + 2))
+        _native.cuda_attention_decode(
+            launch, common, tensors, lse.data_ptr(), splits, workspace.data_ptr()
+        )
+    else:
+        _native.cuda_attention_forward(launch, common, tensors, lse.data_ptr())
+    return out, lse
+
+
+@torch.library.impl(_library, "causal_attention_backward", "CUDA")
+def _attention_backward_cuda(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    window: int,
+    *rest: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+    if not q.numel():
+        return dq, dk.zero_(), dv.zero_()
+    dout, q, k, v, out = (_in_chunks(x) for x in (dout, q, k, v, out))
+    common, _kept = _cuda_attention_arguments(q, k, scale, window, *rest)
+    delta = torch.empty_like(lse)
+    _native.cuda_attention_backward(
+        _launch(q),
+        common,
+        [_place(x) for x in (q, k, v, out)],
+        lse.data_ptr(),
+        [_place(x) for x in (dout, dq, dk, dv)],
+        delta.data_ptr(),
+    )
+    return dq, dk, dv
+
+
 torch.library.register_autograd(
     "pygpt::causal_attention", _attention_backward, setup_context=_attention_setup, lib=_library
 )
@@ -512,7 +640,8 @@ def sample(
                 f"history holds token {int(history.max())}, outside a vocabulary of {vocab}"
             )
     inputs = (logits.detach(), uniforms, parameters, logit_bias, history)
-    match _resolve(impl, native=on_cpu):
+    native = not _why_no_kernel(logits.device)
+    match _resolve(impl, native=native, auto=_auto_takes("sample", logits.device)):
         case "native":
             tokens = torch.ops.pygpt.sample(*inputs)
         case "torch":
@@ -563,6 +692,7 @@ _library.define(  # type: ignore[no-untyped-call]
 
 
 @torch.library.impl(_library, "sample", "CPU")
+@torch.library.impl(_library, "sample", "CUDA")
 def _sample_native(
     logits: Tensor,
     uniforms: Tensor,
@@ -577,8 +707,8 @@ def _sample_native(
         logit_bias = logit_bias.contiguous()
     uniforms, parameters = uniforms.contiguous(), parameters.contiguous()
     history = None if history is None else history.contiguous()
-    tokens = torch.empty(rows, dtype=torch.int64)
-    _native.sample(
+    tokens = torch.empty(rows, dtype=torch.int64, device=logits.device)
+    arguments = (
         logits.data_ptr(),
         _NATIVE_DTYPES[logits.dtype],
         rows,
@@ -593,6 +723,11 @@ def _sample_native(
         0 if history is None else history.shape[1],
         tokens.data_ptr(),
     )
+    if not logits.is_cuda:
+        _native.sample(*arguments)
+    elif rows:
+        keys = torch.empty((rows, vocab), dtype=torch.int32, device=logits.device)
+        _native.cuda_sample(_launch(logits), *arguments, keys.data_ptr())
     return tokens
 
 
@@ -677,6 +812,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, impl: Impl 
         and x.dim() > 0
         and x.shape[-1] == weight.shape[-1] > 0
     )
+    if impl == "auto" and x.device.type != "cpu":
+        return F.linear(x, weight, bias)  # in `backend("native")` too: there is no other
     wins = native and x.numel() >= _SGEMM_ROWS * x.shape[-1] and _sgemm_wins()
     match _resolve(impl, native=native if impl == "native" else wins):
         case "native":
@@ -813,7 +950,7 @@ torch.library.register_autograd(
 Reduction = Literal["mean", "sum", "none"]
 
 # Bytes of logits that linear_cross_entropy holds at a time.
-_LOGITS_BYTES = 1 << 26
+_LOGITS_BYTES, _CUDA_LOGITS_BYTES = 1 << 26, 1 << 29
 
 
 def cross_entropy(
@@ -835,8 +972,8 @@ def cross_entropy(
     tensor(1.3863)
     """
     _check_targets("logits", logits, targets, reduction)
-    native = logits.device.type == "cpu" and logits.dtype in _NATIVE_DTYPES
-    match _resolve(impl, native=native):
+    native = not _why_no_kernel(logits.device) and logits.dtype in _NATIVE_DTYPES
+    match _resolve(impl, native=native, auto=_auto_takes("cross_entropy", logits.device)):
         case "native":
             needed = logits.requires_grad and torch.is_grad_enabled()
             if inplace and needed and reduction != "none" and not torch.compiler.is_compiling():
@@ -884,7 +1021,8 @@ def linear_cross_entropy(
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     if dtype == x.dtype and not weight.dtype == x.dtype:
         raise ValueError(f"x and weight must have one dtype, got {x.dtype} and {weight.dtype}")
-    match _resolve(impl, native=device == "cpu" and dtype in _NATIVE_DTYPES):
+    native = not _why_no_kernel(x.device) and dtype in _NATIVE_DTYPES
+    match _resolve(impl, native=native, auto=_auto_takes("linear_cross_entropy", x.device)):
         case "native":
             needed = [
                 torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
@@ -949,12 +1087,57 @@ def _cross_entropy_pass(
     logits: Tensor, targets: Tensor, ignore_index: int, reduction: str, gradient: Tensor | None
 ) -> Tensor:
     """The reduced loss; its gradient goes to `gradient`, which may be the logits themselves."""
+    if logits.is_cuda:
+        return _cuda_cross_entropy_pass(logits, targets, ignore_index, reduction, gradient)
     targets, losses = targets.contiguous(), torch.empty(logits.shape[0])
     count = _native.count_targets(targets.data_ptr(), len(targets), logits.shape[1], ignore_index)
     divisor = count if reduction == "mean" else 1
     scale = 1.0 / max(divisor, 1)
     total = _rows_pass(logits, targets, ignore_index, losses, gradient, scale)
     return losses if reduction == "none" else _quotient(total, divisor)
+
+
+def _cuda_cross_entropy_pass(
+    logits: Tensor, targets: Tensor, ignore_index: int, reduction: str, gradient: Tensor | None
+) -> Tensor:
+    count, scale = _cuda_count(targets, ignore_index), None
+    if gradient is not None:
+        logits = gradient.copy_(logits)
+        scale = 1.0 / count.clamp(min=1) if reduction == "mean" else torch.ones_like(count)
+    losses = _cuda_rows_pass(logits, targets, ignore_index, scale)
+    return losses if reduction == "none" else _cuda_reduce(losses, count, reduction)
+
+
+def _cuda_count(targets: Tensor, ignore_index: int) -> Tensor:
+    return (targets != ignore_index).sum(dtype=torch.float32)
+
+
+def _cuda_rows_pass(
+    logits: Tensor, targets: Tensor, ignore_index: int, scale: Tensor | None
+) -> Tensor:
+    """The loss of each row; with `scale`, one or one per row, the logits become its gradient."""
+    losses = torch.empty(logits.shape[0], device=logits.device)
+    targets = targets.contiguous()
+    scale = None if scale is None else scale.contiguous()
+    if losses.numel():
+        _native.cuda_cross_entropy(
+            _launch(logits),
+            logits.data_ptr(),
+            _NATIVE_DTYPES[logits.dtype],
+            logits.shape[0],
+            logits.shape[1],
+            logits.stride(0),
+            targets.data_ptr(),
+            ignore_index,
+            losses.data_ptr(),
+            0 if scale is None else scale.data_ptr(),
+            0 if scale is None else scale.dim(),
+        )
+    return losses
+
+
+def _cuda_reduce(losses: Tensor, count: Tensor, reduction: str) -> Tensor:
+    return losses.sum() / count if reduction == "mean" else losses.sum()
 
 
 def _quotient(total: float, divisor: int) -> Tensor:
@@ -996,6 +1179,7 @@ _library.define(  # type: ignore[no-untyped-call]
 
 
 @torch.library.impl(_library, "cross_entropy", "CPU")
+@torch.library.impl(_library, "cross_entropy", "CUDA")
 def _cross_entropy_native(
     logits: Tensor, targets: Tensor, ignore_index: int, reduction: str, with_gradient: bool
 ) -> tuple[Tensor, Tensor]:
@@ -1015,11 +1199,16 @@ def _cross_entropy_fake(
 
 
 @torch.library.impl(_library, "cross_entropy_backward", "CPU")
+@torch.library.impl(_library, "cross_entropy_backward", "CUDA")
 def _cross_entropy_backward_native(
     grad: Tensor, logits: Tensor, targets: Tensor, ignore_index: int
 ) -> Tensor:
     """The logits' gradient, for `grad` of each row's loss."""
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
+    if logits.is_cuda:
+        gradient = logits.clone()
+        _cuda_rows_pass(gradient, targets, ignore_index, grad)
+        return gradient
     gradient = logits.new_empty(logits.shape)
     losses = torch.empty(logits.shape[0])
     _rows_pass(logits, targets.contiguous(), ignore_index, losses, gradient, 1.0, grad.contiguous())
@@ -1081,35 +1270,46 @@ def _linear_cross_entropy_pass(
     """The loss, and the wanted ones among the gradients of x, weight and bias."""
     (rows, width), vocab = x.shape, weight.shape[0]
     targets = targets.contiguous()
-    count = _native.count_targets(targets.data_ptr(), rows, vocab, ignore_index)
-    divisor = count if reduction == "mean" else 1
+    if x.is_cuda:
+        count = _cuda_count(targets, ignore_index)
+        scale = x.new_ones(rows, dtype=torch.float32) if scales is None else scales
+        scale = scale / count.clamp(min=1) if reduction == "mean" else scale
+    else:
+        divisor = _native.count_targets(targets.data_ptr(), rows, vocab, ignore_index)
+        divisor = divisor if reduction == "mean" else 1
     dx = x.new_empty(x.shape if wanted[0] else (0,))
     dweight = weight.new_empty(weight.shape if wanted[1] else (0,))
     if not rows:
         dweight.zero_()
     dbias = weight.new_zeros(vocab if wanted[2] else 0)
-    losses, total = torch.empty(rows), 0.0
+    losses, total = torch.empty(rows, device=x.device), 0.0
     half_x, half_weight = x.to(dtype), weight.to(dtype)
     half_bias = None if bias is None else bias.to(dtype)
-    chunks = -(-rows * vocab * half_x.element_size() // _LOGITS_BYTES) or 1
+    most = _CUDA_LOGITS_BYTES if x.is_cuda else _LOGITS_BYTES
+    chunks = -(-rows * vocab * half_x.element_size() // most) or 1
     chunk = max(1, -(-rows // chunks))
     buffer = half_x.new_empty(chunk, vocab)
-    # 16-bit gradients of a float32 weight are added up in float32, a cache-sized slice at a time.
-    slice_rows = vocab if dtype == weight.dtype else max(1, (1 << 21) // width)
-    part = half_x.new_empty(0 if slice_rows == vocab else slice_rows, width)
+    # 16-bit gradients of a float32 weight are added up in float32, in slices that a CPU can cache.
+    slice_rows = vocab if x.is_cuda else max(1, (1 << 21) // width)
+    part = half_x.new_empty(0 if dtype == weight.dtype else min(slice_rows, vocab), width)
     for start in range(0, rows, chunk):
         piece = slice(start, min(start + chunk, rows))
         logits, x_piece = buffer[: piece.stop - start], half_x[piece]
         _product(x_piece, half_weight.t(), logits, half_bias)
-        total += _rows_pass(
-            logits,
-            targets[piece],
-            ignore_index,
-            losses[piece],
-            logits if any(wanted) else None,
-            1.0 / max(divisor, 1),
-            None if scales is None else scales[piece],
-        )
+        if x.is_cuda:
+            losses[piece] = _cuda_rows_pass(
+                logits, targets[piece], ignore_index, scale[piece] if any(wanted) else None
+            )
+        else:
+            total += _rows_pass(
+                logits,
+                targets[piece],
+                ignore_index,
+                losses[piece],
+                logits if any(wanted) else None,
+                1.0 / max(divisor, 1),
+                None if scales is None else scales[piece],
+            )
         if wanted[0] and dtype == x.dtype:
             _product(logits, half_weight, dx[piece])
         elif wanted[0]:
@@ -1123,11 +1323,17 @@ def _linear_cross_entropy_pass(
                 dweight[words].add_(product) if start else dweight[words].copy_(product)
         if wanted[2]:
             dbias += logits.sum(0, dtype=dbias.dtype)
-    loss = losses if reduction == "none" else _quotient(total, divisor)
+    if reduction == "none":
+        loss = losses
+    elif x.is_cuda:
+        loss = _cuda_reduce(losses, count, reduction)
+    else:
+        loss = _quotient(total, divisor)
     return loss, dx, dweight, dbias
 
 
 @torch.library.impl(_library, "linear_cross_entropy", "CPU")
+@torch.library.impl(_library, "linear_cross_entropy", "CUDA")
 def _linear_cross_entropy_native(
     x: Tensor,
     weight: Tensor,
@@ -1166,6 +1372,7 @@ def _linear_cross_entropy_fake(
 
 
 @torch.library.impl(_library, "linear_cross_entropy_backward", "CPU")
+@torch.library.impl(_library, "linear_cross_entropy_backward", "CUDA")
 def _linear_cross_entropy_backward_native(
     grad: Tensor,
     x: Tensor,
