@@ -278,12 +278,19 @@ def ceilings() -> tuple[float, float]:
     return bandwidth, 2 * 8192**3 / milliseconds(lambda: a @ a) * 1e3
 
 
+def save(device: str) -> None:
+    results = Path(__file__).parent / "results"
+    results.mkdir(exist_ok=True)
+    label = "-".join(device.lower().split())
+    (results / f"cuda-{label}.txt").write_text("\n".join(table) + "\n", encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "sections", nargs="*", help="attention small float decode sampling loss step"
     )
-    parser.add_argument("--seconds", type=float, default=240.0, help="start no section after this")
+    parser.add_argument("--seconds", type=float, default=120.0, help="start no section after this")
     arguments = parser.parse_args()
     began = time.perf_counter()
     name = torch.cuda.get_device_name()
@@ -310,10 +317,7 @@ def main() -> None:
         except Exception as error:  # the other sections still say something
             say(f"{section}: FAILED, {type(error).__name__}: {str(error).splitlines()[0][:80]}")
         torch.cuda.empty_cache()
-    results = Path(__file__).parent / "results"
-    results.mkdir(exist_ok=True)
-    label = "-".join(name.lower().split())
-    (results / f"cuda-{label}.txt").write_text("\n".join(table) + "\n", encoding="utf-8")
+        save(name)
     print("\n" + "=" * 100 + "\n" + "\n".join(table))
 
 

@@ -131,7 +131,7 @@ __global__ void __launch_bounds__(kThreads) sample(const SampleArgs a, int32_t* 
   Shared& shared = *reinterpret_cast<Shared*>(shared_memory());
   const int64_t row = blockIdx.x;
   const int n = static_cast<int>(a.vocab);
-  const SampleParameters p = a.parameters[row * a.parameters_stride];
+  const SampleParameters& p = a.parameters[row * a.parameters_stride];  // read where it is used
   int32_t* keys = all_keys + row * a.vocab;
   const T* logits = static_cast<const T*>(a.logits) + row * a.logits_stride;
   for (int i = threadIdx.x; i < n; i += kThreads) {
