@@ -877,7 +877,7 @@ def _product(
     a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None = None, accumulate: bool = False
 ) -> Tensor:
     """out = a b + bias, or out += a b without a bias, by whichever is faster."""
-    faster = out.dtype == torch.float32 and _sgemm_wins()
+    faster = out.dtype == torch.float32 and not out.is_cuda and _sgemm_wins()
     return (_sgemm if faster else _torch_product)(a, b, out, bias, accumulate)
 
 
