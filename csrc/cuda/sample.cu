@@ -6,7 +6,7 @@
 namespace pygpt {
 namespace {
 
-constexpr int kThreads = 1024, kWarps = kThreads / kWarp, kBins = 2048;
+constexpr int kThreads = 512, kWarps = kThreads / kWarp, kBins = 2048;
 constexpr int32_t kPositiveInfinity = 0x7f800000;
 constexpr int32_t kNegativeInfinity = static_cast<int32_t>(0xff800000) ^ 0x7fffffff;
 
@@ -69,19 +69,22 @@ __device__ Cut select(const int32_t* keys, int n, int64_t need, Shared& shared, 
       }
     }
     barrier();
-    // Thread t looks at bins 2 t and 2 t + 1 counted from the greatest.
-    const int bin = (1 << width) - 1 - 2 * static_cast<int>(threadIdx.x);
-    const int64_t upper = bin > 0 ? static_cast<int64_t>(bins[bin]) : 0;
-    const int64_t both = upper + (bin > 0 ? static_cast<int64_t>(bins[bin - 1]) : 0);
-    int64_t before = warp_inclusive_sum(both) - both;
-    if (threadIdx.x % kWarp == kWarp - 1) shared.warps[threadIdx.x / kWarp] = before + both;
+    // Each thread looks at kBins / kThreads neighbouring bins, counted from the greatest.
+    constexpr int kMine = kBins / kThreads;
+    const int top = (1 << width) - 1 - kMine * static_cast<int>(threadIdx.x);
+    int64_t mine = 0;
+    for (int b = top; b > top - kMine && b >= 0; --b) mine += static_cast<int64_t>(bins[b]);
+    int64_t before = warp_inclusive_sum(mine) - mine;
+    if (threadIdx.x % kWarp == kWarp - 1) shared.warps[threadIdx.x / kWarp] = before + mine;
     barrier();
     for (int w = 0; w < static_cast<int>(threadIdx.x) / kWarp; ++w) before += shared.warps[w];
     before += above;
-    if (before < need && need <= before + both) {  // exactly one thread
-      const bool in_upper = need <= before + upper;
-      shared.found = in_upper ? bin : bin - 1;
-      shared.above = in_upper ? before : before + upper;
+    if (before < need && need <= before + mine) {  // exactly one thread
+      int b = top;
+      while (before + static_cast<int64_t>(bins[b]) < need)
+        before += static_cast<int64_t>(bins[b--]);
+      shared.found = b;
+      shared.above = before;
     }
     barrier();
     prefix = prefix << width | static_cast<uint32_t>(shared.found);
