@@ -512,22 +512,35 @@ PYGPT_INLINE void store_bf16(uint16_t* p, F32 x) {
 #endif
 }
 
-// Horizontal results; the order of the sum is fixed, halves first.
+// Horizontal results, in a fixed order: halves first.
 PYGPT_INLINE float sum(F32 x) {
-  float lane[kLanes];
-  store(lane, x);
-  for (int half = kLanes / 2; half > 0; half /= 2) {
-    for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
-  }
-  return lane[0];
+#if defined(PYGPT_AVX512) || defined(PYGPT_AVX2)
+#if defined(PYGPT_AVX512)
+  const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(x.v), _mm512_extractf32x8_ps(x.v, 1));
+#else
+  const __m256 eight = x.v;
+#endif
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+#else
+  return (x.v[0] + x.v[2]) + (x.v[1] + x.v[3]);
+#endif
 }
 PYGPT_INLINE float max_lane(F32 x) {
-  float lane[kLanes];
-  store(lane, x);
-  for (int half = kLanes / 2; half > 0; half /= 2) {
-    for (int i = 0; i < half; ++i) lane[i] = lane[i] > lane[i + half] ? lane[i] : lane[i + half];
-  }
-  return lane[0];
+#if defined(PYGPT_AVX512) || defined(PYGPT_AVX2)
+#if defined(PYGPT_AVX512)
+  const __m256 eight = _mm256_max_ps(_mm512_castps512_ps256(x.v), _mm512_extractf32x8_ps(x.v, 1));
+#else
+  const __m256 eight = x.v;
+#endif
+  const __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
+#else
+  const auto greater = [](float a, float b) { return a > b ? a : b; };
+  return greater(greater(x.v[0], x.v[2]), greater(x.v[1], x.v[3]));
+#endif
 }
 PYGPT_INLINE uint64_t sum(U64 x) {
   uint64_t lane[kLanes];
@@ -538,9 +551,13 @@ PYGPT_INLINE uint64_t sum(U64 x) {
 }
 
 PYGPT_INLINE float first_lane(F32 x) {
-  float lane[kLanes];
-  store(lane, x);
-  return lane[0];
+#if defined(PYGPT_AVX512)
+  return _mm512_cvtss_f32(x.v);
+#elif defined(PYGPT_AVX2)
+  return _mm256_cvtss_f32(x.v);
+#else
+  return x.v[0];
+#endif
 }
 
 // 2^x by one polynomial with explicit fma. The coefficients make whole powers exact.
