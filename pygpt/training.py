@@ -44,8 +44,16 @@ from pygpt.tokenizer import Tokenizer
 
 Batch = dict[str, Tensor]
 
-# Settings that change what a run shows or keeps, but not the weights it ends with.
-_FREE = {"eval_every", "eval_batches", "sample_every", "checkpoint_every", "keep_checkpoints"}
+# Settings that change what a run shows, keeps or holds in memory, but not (beyond rounding, in the
+# case of the micro-batch) the weights it ends with.
+_FREE = {
+    "eval_every",
+    "eval_batches",
+    "sample_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "micro_batch_size",
+}
 
 
 class Task(Protocol):

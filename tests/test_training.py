@@ -346,7 +346,7 @@ def test_other_settings_are_refused_unless_allowed(tmp_path: Path) -> None:
     task.fingerprint = "of other numbers"
     with pytest.raises(UsageError, match="data 'of the numbers' -> 'of other numbers'"):
         fit(Small(), task, CONFIG, out=tmp_path / "run")
-    longer = changed(steps=14, eval_every=7)
+    longer = changed(steps=14, eval_every=7, micro_batch_size=2)
     run = fit(Small(), Successor(), longer, out=tmp_path / "run", allow=("steps",))
     assert run.metrics[-1]["step"] == 14
 
