@@ -237,3 +237,10 @@ def test_a_stream_never_meets_a_word_that_its_tokenizer_lacks(tiny_model: GPT) -
     tok: Any = ByteTokenizer()
     assert tok.n_vocab < tiny_model.config.vocab_size
     assert "".join(stream(tiny_model, tok, "abc", max_new_tokens=200, temperature=5.0, seed=1))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_gives_the_tokens_of_the_cpu(tiny_model: GPT) -> None:
+    settings: dict[str, Any] = {"max_new_tokens": 40, "seeds": [1, 2, 3, 4], "temperature": 0.8}
+    on_cpu = generate(tiny_model, PROMPTS, **settings)
+    assert generate(tiny_model.cuda(), PROMPTS, **settings) == on_cpu
