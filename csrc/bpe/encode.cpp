@@ -4,6 +4,7 @@
 #include <cstring>
 #include <new>
 
+#include "bpe/scan.h"
 #include "bpe/unicode.h"
 #include "core/error.h"
 
@@ -11,6 +12,16 @@ namespace pygpt {
 namespace {
 
 const uint8_t* data_of(std::string_view s) { return reinterpret_cast<const uint8_t*>(s.data()); }
+
+// kKeep[n]: all bits of a key's first n bytes.
+constexpr auto kKeep = [] {
+  std::array<ShortKey, kShortKey + 1> keep{};
+  for (size_t n = 0; n <= kShortKey; ++n) {
+    keep[n].low = n < 8 ? (uint64_t{1} << 8 * n) - 1 : ~uint64_t{0};
+    keep[n].high = n < 8 ? 0 : (uint64_t{1} << 8 * (n - 8)) - 1;
+  }
+  return keep;
+}();
 
 }  // namespace
 
@@ -80,12 +91,26 @@ class Workspace {
   // Writes the ids of a piece at `out`, which has room for its bytes + 4; returns their end.
   uint32_t* encode(const Vocabulary& vocabulary, const uint8_t* piece, size_t size, uint32_t* out) {
     if (size > kShortKey) return encode_long(vocabulary, piece, size, out);
-    const ShortKey key = short_key(piece, size);
-    Set& set = sets_[hash_of(key) >> (64 - kSetBits)];
-    for (Way& way : set.ways) {
-      if (way.key == key) return copy(way, out);
+    return encode_short(vocabulary, short_key(piece, size), piece, out);
+  }
+
+  // The same for all pieces of a batch.
+  uint32_t* encode(const Vocabulary& vocabulary, const PieceScanner& batch, uint32_t* out) {
+    const uint32_t* const starts = batch.starts();
+    for (size_t i = 0; i < batch.pieces(); ++i) {
+      const uint8_t* const piece = batch.base() + starts[i];
+      const size_t size = starts[i + 1] - starts[i];
+      if (size > kShortKey) {
+        out = encode_long(vocabulary, piece, size, out);
+        continue;
+      }
+      ShortKey key;
+      std::memcpy(&key, piece, sizeof key);
+      key.low &= kKeep[size].low;
+      key.high = (key.high & kKeep[size].high) | uint64_t{size} << 56;
+      out = encode_short(vocabulary, key, piece, out);
     }
-    return miss(vocabulary, key, piece, size, set, out);
+    return out;
   }
 
  private:
@@ -102,17 +127,26 @@ class Workspace {
     Way ways[2];
   };
 
+  uint32_t* encode_short(const Vocabulary& vocabulary, ShortKey key, const uint8_t* piece,
+                         uint32_t* out) {
+    Set& set = sets_[hash_of(key) >> (64 - kSetBits)];
+    const bool first = set.ways[0].key == key, second = set.ways[1].key == key;
+    if (first | second) [[likely]]
+      return copy(set.ways[first ? 0 : 1], out);
+    return miss(vocabulary, key, piece, set, out);
+  }
+
   uint32_t* copy(const Way& way, uint32_t* out) const {
-    if (way.count <= kInPlace) {
-      std::memcpy(out, way.ids, 4 * sizeof(uint32_t));
-    } else {
+    std::memcpy(out, way.ids, 4 * sizeof(uint32_t));
+    if (way.count > kInPlace) [[unlikely]] {
       std::memcpy(out, more_.data() + way.ids[0], way.count * sizeof(uint32_t));
     }
     return out + way.count;
   }
 
-  uint32_t* miss(const Vocabulary& vocabulary, ShortKey key, const uint8_t* piece, size_t size,
-                 Set& set, uint32_t* out) {
+  [[gnu::noinline]] uint32_t* miss(const Vocabulary& vocabulary, ShortKey key, const uint8_t* piece,
+                                   Set& set, uint32_t* out) {
+    const size_t size = key.high >> 56;
     uint32_t ids[kShortKey] = {vocabulary.whole(piece, size)};
     uint32_t count = 1;
     if (ids[0] == Vocabulary::kNoToken) {
@@ -183,26 +217,11 @@ size_t Bpe::encode_ordinary(std::string_view text, Ids* out) const {
   Ids scratch;
   Ids& ids = out ? *out : scratch;
   const Lease workspace(*this);
-  const uint8_t *p = data_of(text), *end = p + text.size();
-  constexpr size_t kWindow = 1 << 16;
-  size_t counted = 0;
   const size_t before = ids.size();
-  while (p < end) {
-    // Every piece that begins in the window is encoded; the last one may reach past it.
-    const uint8_t* const window = p + std::min<size_t>(kWindow, end - p);
-    ids.reserve(kWindow + 4);
-    uint32_t* to = ids.end();
-    while (p < window) {
-      const uint8_t* const next = piece_end(*pattern_, p, end);
-      if (next > window) {
-        ids.set_end(to);
-        ids.reserve(next - p + 4);
-        to = ids.end();
-      }
-      to = workspace->encode(vocabulary_, p, next - p, to);
-      p = next;
-    }
-    ids.set_end(to);
+  size_t counted = 0;
+  for (PieceScanner pieces(*pattern_, data_of(text), text.size()); pieces.next();) {
+    ids.reserve(pieces.starts()[pieces.pieces()] + 4);
+    ids.set_end(workspace->encode(vocabulary_, pieces, ids.end()));
     if (!out) {
       counted += ids.size();
       ids.clear();

@@ -29,19 +29,6 @@ Ptr skip(unsigned set, Ptr p, Ptr end) {
   return p;
 }
 
-// End of 's 't 're 've 'm 'll 'd at p, or p. Case folding adds one character: U+017F is an s.
-Ptr contraction(Ptr p, Ptr end, bool any_case) {
-  if (end - p < 2 || *p != '\'') return p;
-  const uint8_t fold = any_case ? 0x20 : 0;
-  const uint8_t a = p[1] | fold;
-  if (a == 's' || a == 'd' || a == 'm' || a == 't') return p + 2;
-  if (end - p < 3) return p;
-  if (any_case && p[1] == 0xC5 && p[2] == 0xBF) return p + 3;
-  const uint8_t b = p[2] | fold;
-  const bool two = (a == 'l' && b == 'l') || (a == 'v' && b == 'e') || (a == 'r' && b == 'e');
-  return two ? p + 3 : p;
-}
-
 struct Blanks {
   Ptr last;           // its last character
   Ptr after_newline;  // just after its last CR or LF, or null
@@ -66,7 +53,7 @@ Ptr all_but_last(const Blanks& run, Ptr begin, Ptr end) {
 }
 
 Ptr gpt2(Ptr p, Ptr end) {
-  if (const Ptr q = contraction(p, end, false); q != p) return q;
+  if (const Ptr q = contraction_end(p, end, false); q != p) return q;
   const Ptr q = *p == ' ' ? p + 1 : p;
   for (const unsigned set : {kLetter, kNumeral, kSymbol}) {
     if (is_at(set, q, end)) return skip(set, q, end);
@@ -81,7 +68,7 @@ Ptr three_numerals(Ptr p, Ptr end) {
 }
 
 Ptr cl100k(Ptr p, Ptr end) {
-  if (const Ptr q = contraction(p, end, true); q != p) return q;
+  if (const Ptr q = contraction_end(p, end, true); q != p) return q;
   const Char c = char_at(p, end);
   const Ptr word = is(kLetter | kNumeral | bit(kNewline), c) ? p : p + c.size;
   if (is_at(kLetter, word, end)) return skip(kLetter, word, end);
@@ -115,7 +102,7 @@ Ptr o200k(Ptr p, Ptr end) {
   if (!q) q = cased_word(p, end);
   if (!q && prefix && is_at(kUpperPart, p + c.size, end)) q = skip(kUpperPart, p + c.size, end);
   if (!q && is(kUpperPart, c)) q = skip(kUpperPart, p, end);
-  if (q) return contraction(q, end, true);
+  if (q) return contraction_end(q, end, true);
   if (is(kNumeral, c)) return three_numerals(p, end);
   const Ptr symbols = *p == ' ' ? p + 1 : p;
   if (is_at(kSymbol, symbols, end)) {
@@ -128,6 +115,18 @@ Ptr o200k(Ptr p, Ptr end) {
 }
 
 }  // namespace
+
+const uint8_t* contraction_end(const uint8_t* p, const uint8_t* end, bool any_case) {
+  if (end - p < 2 || *p != '\'') return p;
+  const uint8_t fold = any_case ? 0x20 : 0;
+  const uint8_t a = p[1] | fold;
+  if (a == 's' || a == 'd' || a == 'm' || a == 't') return p + 2;
+  if (end - p < 3) return p;
+  if (any_case && p[1] == 0xC5 && p[2] == 0xBF) return p + 3;
+  const uint8_t b = p[2] | fold;
+  const bool two = (a == 'l' && b == 'l') || (a == 'v' && b == 'e') || (a == 'r' && b == 'e');
+  return two ? p + 3 : p;
+}
 
 const uint8_t* piece_end(Pattern pattern, const uint8_t* begin, const uint8_t* end) {
   switch (pattern) {

@@ -5,15 +5,17 @@
 #include <bit>
 #include <queue>
 
+#include "bpe/scan.h"
+
 namespace pygpt {
 
 void PieceCounts::add_text(Pattern pattern, std::string_view text) {
-  const auto* p = reinterpret_cast<const uint8_t*>(text.data());
-  const uint8_t* const end = p + text.size();
-  while (p < end) {
-    const uint8_t* const next = piece_end(pattern, p, end);
-    add_piece({reinterpret_cast<const char*>(p), static_cast<size_t>(next - p)}, 1);
-    p = next;
+  const auto* begin = reinterpret_cast<const uint8_t*>(text.data());
+  for (PieceScanner pieces(pattern, begin, text.size()); pieces.next();) {
+    const auto* base = reinterpret_cast<const char*>(pieces.base());
+    for (size_t i = 0; i < pieces.pieces(); ++i) {
+      add_piece({base + pieces.starts()[i], pieces.starts()[i + 1] - pieces.starts()[i]}, 1);
+    }
   }
 }
 

@@ -11,6 +11,7 @@ void cross_entropy(const CrossEntropyArgs&);
 void attention_forward(const AttentionArgs&);
 void attention_backward(const AttentionArgs&);
 void sgemm(const SgemmArgs&);
+void byte_classes(const uint8_t* text, int64_t blocks, ByteClasses* out);
 
 extern const CpuKernels kernels;
 const CpuKernels kernels = {
@@ -20,6 +21,7 @@ const CpuKernels kernels = {
     .attention_forward = attention_forward,
     .attention_backward = attention_backward,
     .sgemm = sgemm,
+    .byte_classes = byte_classes,
 };
 
 }  // namespace pygpt::PYGPT_ISA_NAMESPACE

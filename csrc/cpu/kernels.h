@@ -78,6 +78,11 @@ struct SgemmArgs {
   bool accumulate;
 };
 
+// One bit a byte, of 64 bytes; the lowest bit is the first byte.
+struct ByteClasses {
+  uint64_t upper, lower, digit, space, newline, blank, apostrophe, high;  // high: not ASCII
+};
+
 struct CpuKernels {
   const char* name;
   void (*sample)(const SampleArgs&);
@@ -85,6 +90,7 @@ struct CpuKernels {
   void (*attention_forward)(const AttentionArgs&);
   void (*attention_backward)(const AttentionArgs&);
   void (*sgemm)(const SgemmArgs&);
+  void (*byte_classes)(const uint8_t* text, int64_t blocks, ByteClasses* out);
 };
 
 }  // namespace pygpt

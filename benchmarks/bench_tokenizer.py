@@ -1,0 +1,213 @@
+"""Encoding and decoding beside tiktoken and the fastest peers from PyPI: equal first, then timed.
+
+    python benchmarks/bench_tokenizer.py [--corpus english python ...] [--vocabulary gpt2 ...]
+
+Every figure comes from a fresh process: "cold" is its first call after loading the vocabulary,
+"warm" the median of the next ones; sides take turns, three rounds. MB are of UTF-8, one thread.
+Corpora are looked for in PYGPT_DATA (default ../shared/data), vocabularies in its tiktoken cache;
+without them the standard library's sources and a vocabulary trained on them do.
+"""
+
+import argparse
+import hashlib
+import importlib.util
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+DATA = Path(os.environ.get("PYGPT_DATA", ROOT / "../shared/data"))
+CACHE = DATA / "tokenizers" / "tiktoken_cache"
+LIMIT = 13_000_000  # bytes of each corpus
+GROUPS = {
+    "english": ["books/*/*.txt"],
+    "multilingual": ["multilingual/*.txt", "multilingual/*.jsonl"],
+    "cjk": ["multilingual/ud_zh.txt", "multilingual/ud_ja.txt", "multilingual/ud_ko.txt"],
+}
+FILES = {  # gigatoken takes a path whose name says the pattern
+    "gpt2": ("r50k_base", "0ea1e91bbb3a60f729a8dc8f777fd2fc07cd8df4"),
+    "cl100k_base": ("cl100k_base", "9b5ad71b2ce5302211f9c61530b329a4922fc6a4"),
+    "o200k_base": ("o200k_base", "fb374d419588a4632f3f557e76b4b70aebbca790"),
+}
+
+
+def corpus(name: str) -> str:
+    if name == "python":
+        paths = sorted(Path(sysconfig.get_paths()["stdlib"]).rglob("*.py"))
+        paths = [p for p in paths if "site-packages" not in p.parts]
+    else:
+        paths = sorted(p for pattern in GROUPS[name] for p in DATA.glob(pattern))
+    data = b""
+    for path in paths:
+        if len(data) < LIMIT:
+            data += path.read_bytes()
+    return data[:LIMIT].decode("utf-8", "ignore").replace("<|endoftext|>", "")
+
+
+def load(side: str, vocabulary: str):
+    """One library: encode to an array or list, encode to a list, decode, count or None."""
+    if CACHE.is_dir():
+        os.environ["TIKTOKEN_CACHE_DIR"] = str(CACHE.resolve())
+    if side == "pygpt":
+        from pygpt.tokenizer import Tokenizer
+
+        t = Tokenizer.from_pretrained(vocabulary)
+        return (
+            lambda s: t.encode_to_numpy(s, disallowed_special=()),
+            t.encode_ordinary,
+            t.decode_bytes,
+            t.count,
+        )
+    if side == "tiktoken":
+        import tiktoken
+
+        t = tiktoken.get_encoding(vocabulary)
+        return (
+            lambda s: t.encode_to_numpy(s, disallowed_special=()),
+            t.encode_ordinary,
+            t.decode_bytes,
+            None,
+        )
+    if side == "gigatoken":
+        import gigatoken
+
+        name, digest = FILES[vocabulary]
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / f"{name}.tiktoken"
+            path.write_bytes((CACHE / digest).read_bytes())
+            t = gigatoken.Tokenizer.from_tiktoken(path)
+        return t.encode, lambda s: t.encode(s).tolist(), t.decode, None
+    if side == "quicktok":
+        import quicktok
+
+        t = quicktok.get_encoding(vocabulary)
+        return t.encode_ordinary, t.encode_ordinary, t.decode_bytes, t.count
+    raise ValueError(side)
+
+
+def timed(call, argument):
+    start = time.perf_counter()
+    result = call(argument)
+    return time.perf_counter() - start, result
+
+
+def measure(side: str, vocabulary: str, name: str) -> dict:
+    text = corpus(name)
+    text.encode()
+    start = time.perf_counter()
+    encode, encode_list, decode, count = load(side, vocabulary)
+    seconds = {"load": time.perf_counter() - start}
+    seconds["cold"], ids = timed(encode, text)
+    ids = np.asarray(ids, np.uint32)
+    seconds["warm"] = statistics.median(timed(encode, text)[0] for _ in range(3))
+    seconds["list"] = statistics.median(timed(encode_list, text)[0] for _ in range(3))
+    if count:
+        seconds["count"] = statistics.median(timed(count, text)[0] for _ in range(3))
+    seconds["decode"], again = timed(decode, ids)
+    seconds["decode"] = min(seconds["decode"], timed(decode, ids)[0])
+    assert bytes(again) == text.encode(), f"{side} does not give the text back"
+    shorts = [text[i : i + 20 + i % 181] for i in range(0, len(text), max(len(text) // 5000, 1))]
+    for short in shorts:
+        encode_list(short)
+    start = time.perf_counter()
+    for short in shorts:
+        encode_list(short)
+    seconds["short"] = (time.perf_counter() - start) / len(shorts)
+    return {
+        "ids": hashlib.sha256(ids.tobytes()).hexdigest(),
+        "bytes": len(text.encode()),
+        "tokens": len(ids),
+        "seconds": seconds,
+    }
+
+
+def in_fresh_process(side: str, vocabulary: str, name: str) -> dict:
+    command = [sys.executable, __file__, "--measure", side, vocabulary, name]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    run = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    if run.returncode:
+        raise SystemExit(f"{side} {vocabulary} {name}: {run.stderr}")
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def compare_with_the_twin() -> None:
+    """Native against pure Python at a small size."""
+    from pygpt.tokenizer import PATTERNS, Tokenizer
+
+    try:
+        import regex
+
+        from pygpt import reference
+    except ImportError as absent:
+        print(f"pure Python twin: absent ({absent.name})")
+        return
+    text = corpus("python")[:200_000]
+    tok = Tokenizer.train([text], 1024)
+    ranks = {token: i for i, token in enumerate(tok.decode_tokens_bytes(range(1023)))}
+    pieces = [piece.encode() for piece in regex.findall(PATTERNS["gpt2"], text)]
+    native, ids = timed(tok.encode_ordinary, text)
+    python, twin = timed(lambda p: [i for x in p for i in reference.bpe_encode(ranks, x)], pieces)
+    assert ids == twin
+    print(
+        f"native {native * 1e3:.1f} ms, pure Python {python * 1e3:.0f} ms: {python / native:.0f} x"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--corpus", nargs="+", default=["english", "python", "multilingual", "cjk"])
+    parser.add_argument("--vocabulary", nargs="+", default=list(FILES))
+    parser.add_argument("--rounds", type=int, default=3)
+    arguments = parser.parse_args()
+    if arguments.measure:
+        print(json.dumps(measure(*arguments.measure)))
+        return
+
+    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, one thread each")
+    compare_with_the_twin()
+    if not CACHE.is_dir():
+        print(f"no published vocabularies in {CACHE}: peers are not compared")
+        return
+    peers = ["tiktoken", "gigatoken", "quicktok"]
+    absent = [peer for peer in peers if importlib.util.find_spec(peer) is None]
+    if absent:
+        print(f"absent: {', '.join(absent)}")
+    sides = ["pygpt", *(peer for peer in peers if peer not in absent)]
+    columns = ["cold", "warm", "list", "count", "decode"]
+    print(f"{'MB/s':<36}" + "".join(f"{c:>8}" for c in columns) + "  short us  load ms")
+    for name in arguments.corpus:
+        for vocabulary in arguments.vocabulary:
+            able = [s for s in sides if s != "quicktok" or vocabulary != "gpt2"]
+            rounds: dict[str, list[dict]] = {side: [] for side in able}
+            for _ in range(arguments.rounds):
+                for side in able:
+                    rounds[side].append(in_fresh_process(side, vocabulary, name))
+            first = rounds["pygpt"][0]
+            for side in able:
+                equal = rounds[side][0]["ids"] == first["ids"]
+                middle = {
+                    key: statistics.median(r["seconds"][key] for r in rounds[side])
+                    for key in rounds[side][0]["seconds"]
+                }
+                rates = "".join(
+                    f"{first['bytes'] / middle[c] / 1e6:8.0f}" if c in middle else f"{'-':>8}"
+                    for c in columns
+                )
+                print(
+                    f"{name:<13}{vocabulary:<13}{side:<10}{rates}{middle['short'] * 1e6:10.2f}"
+                    f"{middle['load'] * 1e3:9.0f}{'' if equal else '  OTHER IDS'}"
+                )
+
+
+if __name__ == "__main__":
+    main()

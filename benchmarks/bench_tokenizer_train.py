@@ -1,0 +1,140 @@
+"""Training beside tokenizers, rustbpe, gigatoken and bpeasy: equal first, then timed.
+
+    python benchmarks/bench_tokenizer_train.py [--vocab-size 8192 50257] [--megabytes 13]
+
+Sides run in fresh processes and take turns. The corpus is the standard library's sources and, where
+PYGPT_DATA has them, its books. Merges are compared with Hugging Face's one by one.
+"""
+
+import argparse
+import hashlib
+import importlib.util
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+
+from bench_tokenizer import DATA, ROOT, corpus
+
+PEERS = ["tokenizers", "rustbpe", "gigatoken", "bpeasy"]
+GPT2 = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+
+
+def documents(megabytes: float) -> list[str]:
+    text = corpus("english") if (DATA / "books").is_dir() else ""
+    text += corpus("python")
+    size = int(megabytes * 1e6)
+    while len(text) < size:
+        text += text
+    text = text[:size]
+    return [text[i : i + 100_000] for i in range(0, len(text), 100_000)]
+
+
+def train(side: str, texts: list[str], size: int, threads: int) -> list | None:
+    """Trains; returns the merges where the side can say them."""
+    if side == "pygpt":
+        from pygpt.tokenizer import Tokenizer
+
+        tok = Tokenizer.train(texts, size, num_threads=threads)
+        return [[tok.decode_bytes([i]).hex() for i in pair] for pair in tok._native.merges()]
+    if side == "tokenizers":
+        from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+        tok = Tokenizer(models.BPE())
+        tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(
+            vocab_size=size,
+            min_frequency=2,
+            special_tokens=["<|endoftext|>"],
+            initial_alphabet=alphabet,
+            show_progress=False,
+        )
+        tok.train_from_iterator(texts, trainer)
+        from pygpt.tokenizer import _bytes_of
+
+        merges = json.loads(tok.to_str())["model"]["merges"]
+        return [[_bytes_of(part).hex() for part in pair] for pair in merges]
+    if side == "rustbpe":
+        import rustbpe
+
+        rustbpe.Tokenizer().train_from_iterator(iter(texts), size - 1, pattern=GPT2)
+    elif side == "gigatoken":
+        import gigatoken
+
+        # Separated by something that the texts do not hold, so that documents stay apart.
+        data = "\x00\x01".join(texts)
+        gigatoken.train_bpe(
+            gigatoken.BytesSource([data.encode()], separator="\x00\x01"), size, ["<|endoftext|>"]
+        )
+    elif side == "bpeasy":
+        import bpeasy
+
+        bpeasy.train_bpe(iter(texts), GPT2, 128, size - 1)
+    return None
+
+
+def measure(side: str, size: int, megabytes: float, threads: int) -> dict:
+    texts = documents(megabytes)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start = time.perf_counter()
+    merges = train(side, texts, size, threads)
+    seconds = time.perf_counter() - start
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    digest = hashlib.sha256(json.dumps(merges).encode()).hexdigest() if merges else None
+    return {"seconds": seconds, "megabytes": (after - before) / 1024, "merges": digest}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--measure", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--vocab-size", nargs="+", type=int, default=[8192, 50257])
+    parser.add_argument("--megabytes", type=float, default=13)
+    parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--peers", nargs="*", default=PEERS)
+    arguments = parser.parse_args()
+    if arguments.measure:
+        side, size, megabytes, threads = arguments.measure
+        print(json.dumps(measure(side, int(size), float(megabytes), int(threads))))
+        return
+    absent = [peer for peer in arguments.peers if importlib.util.find_spec(peer) is None]
+    if absent:
+        print(f"absent: {', '.join(absent)}")
+    sides = ["pygpt", *(peer for peer in arguments.peers if peer not in absent)]
+    for size in arguments.vocab_size:
+        for threads in arguments.threads:
+            runs: dict[str, list[dict]] = {side: [] for side in sides}
+            for _ in range(arguments.rounds):
+                for side in sides:
+                    values = [side, str(size), str(arguments.megabytes), str(threads)]
+                    environment = os.environ | {
+                        "PYTHONPATH": str(ROOT),
+                        "RAYON_NUM_THREADS": str(threads),
+                    }
+                    run = subprocess.run(
+                        [sys.executable, __file__, "--measure", *values],
+                        capture_output=True,
+                        text=True,
+                        env=environment,
+                        check=False,
+                    )
+                    if run.returncode:
+                        raise SystemExit(f"{side}: {run.stderr}")
+                    runs[side].append(json.loads(run.stdout.splitlines()[-1]))
+            print(f"{arguments.megabytes:g} MB to {size}, {threads} threads")
+            for side in sides:
+                seconds = statistics.median(r["seconds"] for r in runs[side])
+                memory = statistics.median(r["megabytes"] for r in runs[side])
+                merges = runs[side][0]["merges"]
+                note = ""
+                if side != "pygpt" and merges:
+                    note = "equal" if merges == runs["pygpt"][0]["merges"] else "OTHER MERGES"
+                print(f"  {side:<12}{seconds:8.2f} s {memory:8.0f} MB  {note}")
+
+
+if __name__ == "__main__":
+    main()
