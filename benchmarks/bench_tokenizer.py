@@ -132,8 +132,7 @@ def measure(side: str, vocabulary: str, name: str) -> dict:
 
 def in_fresh_process(side: str, vocabulary: str, name: str) -> dict:
     command = [sys.executable, __file__, "--measure", side, vocabulary, name]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    run = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
     if run.returncode:
         raise SystemExit(f"{side} {vocabulary} {name}: {run.stderr}")
     return json.loads(run.stdout.splitlines()[-1])

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 
-from bench_tokenizer import DATA, ROOT, corpus
+from bench_tokenizer import DATA, corpus
 
 PEERS = ["tokenizers", "rustbpe", "gigatoken", "bpeasy"]
 GPT2 = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
@@ -111,10 +111,7 @@ def main() -> None:
             for _ in range(arguments.rounds):
                 for side in sides:
                     values = [side, str(size), str(arguments.megabytes), str(threads)]
-                    environment = os.environ | {
-                        "PYTHONPATH": str(ROOT),
-                        "RAYON_NUM_THREADS": str(threads),
-                    }
+                    environment = os.environ | {"RAYON_NUM_THREADS": str(threads)}
                     run = subprocess.run(
                         [sys.executable, __file__, "--measure", *values],
                         capture_output=True,

@@ -75,6 +75,28 @@ Specials::Match Specials::find(std::string_view text, size_t from) const {
   return {std::string_view::npos, 0, 0};
 }
 
+// The last 2^bits items that were added, in runs; a run's place stays valid until it is
+// overwritten.
+template <class Item, int bits>
+class Ring {
+ public:
+  uint64_t add(const Item* items, size_t count) {  // count <= kSpare
+    if ((head_ & kMask) + count > kSize) head_ = (head_ | kMask) + 1;
+    std::memcpy(items_.data() + (head_ & kMask), items, count * sizeof(Item));
+    const uint64_t place = head_;
+    head_ += count;
+    return place;
+  }
+  const Item* find(uint64_t place) const {
+    return head_ - place <= kSize - kSpare ? items_.data() + (place & kMask) : nullptr;
+  }
+
+ private:
+  static constexpr uint64_t kSize = uint64_t{1} << bits, kMask = kSize - 1, kSpare = 64;
+  std::vector<Item> items_ = std::vector<Item>(kSize);
+  uint64_t head_ = 0;
+};
+
 // What one thread needs while it encodes: a cache of short pieces and their ids. Two ways a set,
 // one cache line a set; a piece of up to three ids is stored in place, so that a hit copies four
 // numbers without looking at how many count.
@@ -91,57 +113,72 @@ class Workspace {
   // Writes the ids of a piece at `out`, which has room for its bytes + 4; returns their end.
   uint32_t* encode(const Vocabulary& vocabulary, const uint8_t* piece, size_t size, uint32_t* out) {
     if (size > kShortKey) return encode_long(vocabulary, piece, size, out);
-    return encode_short(vocabulary, short_key(piece, size), piece, out);
+    const ShortKey key = short_key(piece, size);
+    return encode_short(vocabulary, key, *set_of(key), piece, out);
   }
 
-  // The same for all pieces of a batch.
+  // The same for all pieces of a batch. Waiting for the cache's memory is what costs most: the keys
+  // of a group are made first, and their places fetched ahead.
   uint32_t* encode(const Vocabulary& vocabulary, const PieceScanner& batch, uint32_t* out) {
-    const uint32_t* const starts = batch.starts();
-    for (size_t i = 0; i < batch.pieces(); ++i) {
-      const uint8_t* const piece = batch.base() + starts[i];
-      const size_t size = starts[i + 1] - starts[i];
-      if (size > kShortKey) {
-        out = encode_long(vocabulary, piece, size, out);
-        continue;
+    constexpr size_t kGroup = 32;
+    ShortKey keys[kGroup];
+    Set* sets[kGroup];
+    const uint8_t* const base = batch.base();
+    for (size_t begin = 0; begin < batch.pieces(); begin += kGroup) {
+      const uint32_t* const starts = batch.starts() + begin;
+      const size_t count = std::min(kGroup, batch.pieces() - begin);
+      for (size_t i = 0; i < count; ++i) {
+        const size_t size = starts[i + 1] - starts[i], kept = std::min(size, kShortKey);
+        ShortKey key;
+        std::memcpy(&key, base + starts[i], sizeof key);
+        key.low &= kKeep[kept].low;
+        key.high = (key.high & kKeep[kept].high) | uint64_t{size} << 56;
+        keys[i] = key;
+        sets[i] = set_of(key);
+        __builtin_prefetch(sets[i]);
       }
-      ShortKey key;
-      std::memcpy(&key, piece, sizeof key);
-      key.low &= kKeep[size].low;
-      key.high = (key.high & kKeep[size].high) | uint64_t{size} << 56;
-      out = encode_short(vocabulary, key, piece, out);
+      for (size_t i = 0; i < count; ++i) {
+        const size_t size = starts[i + 1] - starts[i];
+        if (size <= kShortKey) [[likely]] {
+          out = encode_short(vocabulary, keys[i], *sets[i], base + starts[i], out);
+        } else {
+          out = encode_long(vocabulary, base + starts[i], size, out);
+        }
+      }
     }
     return out;
   }
 
  private:
-  static constexpr int kSetBits = 16;
+  struct Set;
+  static constexpr int kSetBits = 17;
   static constexpr size_t kSets = size_t{1} << kSetBits;
   static constexpr uint32_t kInPlace = 3;
-  static constexpr size_t kMoreLimit = 1 << 18;
   struct Way {
     ShortKey key;
-    uint32_t ids[kInPlace];  // or, where there are more, ids[0] is their place in more_
+    uint32_t ids[kInPlace];  // or, where there are more, two halves of their place in more_
     uint32_t count;
   };
   struct Set {
     Way ways[2];
   };
 
-  uint32_t* encode_short(const Vocabulary& vocabulary, ShortKey key, const uint8_t* piece,
-                         uint32_t* out) {
-    Set& set = sets_[hash_of(key) >> (64 - kSetBits)];
-    const bool first = set.ways[0].key == key, second = set.ways[1].key == key;
-    if (first | second) [[likely]]
-      return copy(set.ways[first ? 0 : 1], out);
-    return miss(vocabulary, key, piece, set, out);
-  }
+  Set* set_of(ShortKey key) const { return sets_ + (hash_of(key) >> (64 - kSetBits)); }
 
-  uint32_t* copy(const Way& way, uint32_t* out) const {
-    std::memcpy(out, way.ids, 4 * sizeof(uint32_t));
-    if (way.count > kInPlace) [[unlikely]] {
-      std::memcpy(out, more_.data() + way.ids[0], way.count * sizeof(uint32_t));
+  uint32_t* encode_short(const Vocabulary& vocabulary, ShortKey key, Set& set, const uint8_t* piece,
+                         uint32_t* out) {
+    const bool first = set.ways[0].key == key, second = set.ways[1].key == key;
+    if (first | second) [[likely]] {
+      const Way& way = set.ways[first ? 0 : 1];
+      std::memcpy(out, way.ids, sizeof way.ids + sizeof way.count);
+      if (way.count <= kInPlace) [[likely]]
+        return out + way.count;
+      if (const uint32_t* ids = more_.find(way.ids[0] | uint64_t{way.ids[1]} << 32)) {
+        std::memcpy(out, ids, way.count * sizeof(uint32_t));
+        return out + way.count;
+      }
     }
-    return out + way.count;
+    return miss(vocabulary, key, piece, set, out);
   }
 
   [[gnu::noinline]] uint32_t* miss(const Vocabulary& vocabulary, ShortKey key, const uint8_t* piece,
@@ -152,31 +189,77 @@ class Workspace {
     if (ids[0] == Vocabulary::kNoToken) {
       count = static_cast<uint32_t>(vocabulary.merge(piece, size, ids));
     }
+    std::memcpy(out, ids, count * sizeof(uint32_t));
     Way way{key, {ids[0], ids[1], ids[2]}, count};
     if (count > kInPlace) {
-      if (more_.size() > kMoreLimit) {  // forget everything rather than grow
-        std::memset(static_cast<void*>(sets_), 0, kSets * sizeof(Set));
-        more_.clear();
-      }
-      way.ids[0] = static_cast<uint32_t>(more_.size());
-      more_.insert(more_.end(), ids, ids + count);
+      const uint64_t place = more_.add(ids, count);
+      way.ids[0] = static_cast<uint32_t>(place);
+      way.ids[1] = static_cast<uint32_t>(place >> 32);
     }
     set.ways[1] = set.ways[0];
     set.ways[0] = way;
-    return copy(way, out);
+    return out + count;
   }
 
   uint32_t* encode_long(const Vocabulary& vocabulary, const uint8_t* piece, size_t size,
                         uint32_t* out) {
-    const uint32_t id = vocabulary.whole(piece, size);
-    if (id == Vocabulary::kNoToken) return out + vocabulary.merge(piece, size, out);
-    *out = id;
-    return out + 1;
+    if (size > kLongKey) return encode_cut(vocabulary, piece, size, out);
+    const uint64_t hash = hash_bytes(piece, size);
+    LongEntry& entry = long_[hash >> (64 - kLongBits)];
+    if (entry.hash == hash && entry.size == size) {
+      const uint8_t* const bytes = long_bytes_.find(entry.bytes);
+      const uint32_t* const ids = long_ids_.find(entry.ids);
+      if (bytes && ids && std::memcmp(bytes, piece, size) == 0) {
+        std::memcpy(out, ids, entry.count * sizeof(uint32_t));
+        return out + entry.count;
+      }
+    }
+    uint32_t* const end = encode_cut(vocabulary, piece, size, out);
+    const auto count = static_cast<uint32_t>(end - out);
+    entry = {hash, long_bytes_.add(piece, size), long_ids_.add(out, count),
+             static_cast<uint32_t>(size), count};
+    return end;
   }
+
+  // A long piece is cut where no token can lie across: its parts are short, come again and again,
+  // and merge on their own.
+  uint32_t* encode_cut(const Vocabulary& vocabulary, const uint8_t* piece, size_t size,
+                       uint32_t* out) {
+    const uint32_t id = vocabulary.whole(piece, size);
+    if (id != Vocabulary::kNoToken) {
+      *out = id;
+      return out + 1;
+    }
+    size_t begin = 0;
+    const auto part = [&](size_t end) {
+      const size_t length = end - begin;
+      out = length <= kShortKey ? encode(vocabulary, piece + begin, length, out)
+                                : out + vocabulary.merge(piece + begin, length, out);
+      begin = end;
+    };
+    if (vocabulary.cuts_pieces()) {
+      for (size_t p = 2; p + 1 < size; ++p) {
+        if (piece[p] >= 0xC0 && vocabulary.cuts_before(piece + p)) part(p);
+      }
+    }
+    part(size);
+    return out;
+  }
+
+  // Pieces of 16 to kLongKey bytes, by hash.
+  static constexpr size_t kLongKey = 64;
+  static constexpr int kLongBits = 14;
+  struct LongEntry {
+    uint64_t hash, bytes, ids;
+    uint32_t size, count;
+  };
+  std::vector<LongEntry> long_ = std::vector<LongEntry>(size_t{1} << kLongBits);
+  Ring<uint8_t, 18> long_bytes_;
+  Ring<uint32_t, 16> long_ids_;
 
   uint8_t* storage_;
   Set* sets_;
-  std::vector<uint32_t> more_;
+  Ring<uint32_t, 18> more_;  // ids of pieces that have more than kInPlace
 };
 
 // Borrows a workspace of a Bpe; a new one is made when all are in use. No lock, so that a fork at

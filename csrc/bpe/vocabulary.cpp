@@ -24,17 +24,6 @@ std::string printable(std::string_view bytes) {
   return "'" + text + "'";
 }
 
-uint64_t hash_bytes(const uint8_t* bytes, size_t size) {
-  if (size <= kShortKey) return hash_of(short_key(bytes, size));
-  uint64_t hash = size;
-  for (size_t i = 0; i < size; i += 8) {
-    uint64_t word = 0;
-    std::memcpy(&word, bytes + i, std::min<size_t>(8, size - i));
-    hash = std::rotl((hash ^ word) * 0x9E3779B97F4A7C15u, 29);
-  }
-  return hash * 0xC2B2AE3D27D4EB4Fu;
-}
-
 const uint8_t* data_of(std::string_view s) { return reinterpret_cast<const uint8_t*>(s.data()); }
 
 struct Gpt2Bytes {
@@ -66,6 +55,17 @@ ShortKey short_key(const uint8_t* bytes, size_t size) {
   std::memcpy(key, bytes, size);
   key[kShortKey] = static_cast<uint8_t>(size);
   return std::bit_cast<ShortKey>(key);
+}
+
+uint64_t hash_bytes(const uint8_t* bytes, size_t size) {
+  if (size <= kShortKey) return hash_of(short_key(bytes, size));
+  uint64_t hash = size;
+  for (size_t i = 0; i < size; i += 8) {
+    uint64_t word = 0;
+    std::memcpy(&word, bytes + i, std::min<size_t>(8, size - i));
+    hash = std::rotl((hash ^ word) * 0x9E3779B97F4A7C15u, 29);
+  }
+  return hash * 0xC2B2AE3D27D4EB4Fu;
 }
 
 void Vocabulary::store(const Token& token) {
@@ -148,6 +148,31 @@ void Vocabulary::index_whole(const std::vector<Token>& tokens, const std::vector
   }
 }
 
+void Vocabulary::index_joints(const std::vector<Token>& tokens) {
+  joints_.assign((size_t{1} << kJointBits) / 64, 0);
+  joined_pairs_.assign(65536, false);
+  const auto add = [&](uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+    const uint32_t bit = joint(a | b << 8 | c << 16 | d << 24);
+    joints_[bit >> 6] |= uint64_t{1} << (bit & 63);
+  };
+  for (const Token& token : tokens) {
+    const uint8_t* const t = data_of(token.bytes);
+    const size_t size = token.bytes.size();
+    for (size_t p = 1; p < size; ++p) {
+      if (t[p] < 0xC0) continue;
+      if (p > 1 && p + 1 < size) {
+        add(t[p - 2], t[p - 1], t[p], t[p + 1]);
+      } else if (p > 1) {  // whatever follows: it is a continuation byte
+        for (uint32_t d = 0x80; d < 0xC0; ++d) add(t[p - 2], t[p - 1], t[p], d);
+      } else if (p + 1 < size) {
+        for (uint32_t a = 0; a < 256; ++a) add(a, t[p - 1], t[p], t[p + 1]);
+      } else {
+        joined_pairs_[t[p - 1] << 8 | t[p]] = true;
+      }
+    }
+  }
+}
+
 uint32_t Vocabulary::whole(const uint8_t* piece, size_t size) const {
   const size_t mask = whole_.size() - 1;
   for (size_t i = hash_bytes(piece, size) >> whole_shift_;; i = (i + 1) & mask) {
@@ -191,6 +216,8 @@ Vocabulary::Vocabulary(std::vector<Token> tokens) : rules_(tokens.size()) {
     merges_[rank[t]] = {symbols[0], symbols[1]};
   }
   index_whole(tokens, std::vector<bool>(tokens.size(), true));
+  index_joints(tokens);
+  cuts_pieces_ = all_reachable_;
 }
 
 Vocabulary::Vocabulary(std::vector<Token> tokens,
@@ -226,6 +253,8 @@ Vocabulary::Vocabulary(std::vector<Token> tokens,
     allowed[t] = whole_pieces || reachable;
   }
   index_whole(tokens, allowed);
+  index_joints(tokens);
+  cuts_pieces_ = all_reachable_ || !whole_pieces;
 }
 
 void Vocabulary::add_special(const std::string& bytes, uint32_t id) { store({bytes, id}); }

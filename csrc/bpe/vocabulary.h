@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -26,6 +27,7 @@ inline uint64_t hash_of(ShortKey key) {
 }
 ShortKey short_key(const uint8_t* bytes, size_t size);  // size <= kShortKey
 constexpr size_t kShortKey = 15;
+uint64_t hash_bytes(const uint8_t* bytes, size_t size);  // of any size
 
 class Vocabulary {
  public:
@@ -54,6 +56,17 @@ class Vocabulary {
   // Ids of a piece by merging alone; `out` has room for `size`.
   size_t merge(const uint8_t* piece, size_t size, uint32_t* out) const;
 
+  // Whether a piece may be cut before `p`, where a character of several bytes begins at least two
+  // bytes into the piece: true only if no token has such bytes on both sides of a cut.
+  bool cuts_before(const uint8_t* p) const {
+    uint32_t around;
+    std::memcpy(&around, p - 2, sizeof around);
+    const uint32_t bit = joint(around);
+    return !(joints_[bit >> 6] >> (bit & 63) & 1) && !joined_pairs_[p[-1] << 8 | p[0]];
+  }
+  // False where a whole piece may be a token that merging does not give: then no piece is cut.
+  bool cuts_pieces() const { return cuts_pieces_; }
+
   // Pairs of ids in order of rank.
   std::vector<std::pair<uint32_t, uint32_t>> merges() const;
 
@@ -73,6 +86,10 @@ class Vocabulary {
   void number_symbols(const std::vector<Token>& tokens);
   void index_whole(const std::vector<Token>& tokens, const std::vector<bool>& allowed);
 
+  void index_joints(const std::vector<Token>& tokens);
+  static constexpr int kJointBits = 20;
+  static uint32_t joint(uint32_t around) { return around * 0x9E3779B1u >> (32 - kJointBits); }
+
   MergeRules rules_;
   std::vector<Entry> entries_;  // by id
   std::string long_bytes_;
@@ -81,6 +98,11 @@ class Vocabulary {
   std::vector<uint32_t> whole_;                        // open addressing: id or kNoToken
   int whole_shift_ = 0;
   bool all_reachable_ = true;
+  bool cuts_pieces_ = true;
+  // Hashes of two bytes before and two after every place in a token where a character of several
+  // bytes begins; and the tokens of two bytes that have such a place.
+  std::vector<uint64_t> joints_;
+  std::vector<bool> joined_pairs_;
 };
 
 // Readers of vocabulary files; std::invalid_argument says which line is wrong.
