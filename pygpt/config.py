@@ -198,6 +198,44 @@ class LoRAConfig:
             raise ValueError("targets names no layer, so nothing would learn")
 
 
+@dataclass(frozen=True)
+class DemoConfig:
+    """What `pygpt demo` does: how long, on which text, where.
+
+    `minutes` scales every act. With `text`, files of your own take the place of the standard
+    library's docstrings, and the demo ends after pretraining. `steps` (of pretraining; the other
+    acts follow) takes the place of the probe that fits them to the time: with the same `seed` it
+    repeats a run.
+
+    >>> DemoConfig(minutes=1).seed
+    0
+    """
+
+    minutes: float = 3.0
+    text: tuple[str, ...] = ()
+    out: str = "runs/demo"
+    steps: int | None = None
+    seed: int = 0
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.minutes < float("inf"):
+            raise ValueError(f"minutes must be a positive number, got {self.minutes!r}")
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(f"steps must be a positive integer, got {self.steps!r}")
+        if self.seed < 0:
+            raise ValueError(f"seed must not be negative, got {self.seed!r}")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """A configuration from plain values; an unknown key is an error naming the nearest."""
+        return _from_dict(cls, values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return dataclasses.asdict(self)
+
+
 def _from_dict(cls: type[T], values: Mapping[str, Any]) -> T:
     names = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
     for key in values:
