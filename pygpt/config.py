@@ -202,21 +202,22 @@ class LoRAConfig:
 class DemoConfig:
     """What `pygpt demo` does: how long, on which text, where.
 
-    `minutes` scales every act. With `text`, files of your own take the place of the standard
-    library's docstrings, and the demo ends after pretraining. `steps` (of pretraining; the other
-    acts follow) takes the place of the probe that fits them to the time: with the same `seed` it
-    repeats a run.
-
     >>> DemoConfig(minutes=1).seed
     0
     """
 
     minutes: float = 3.0
+    """How long it takes; every act scales with it."""
     text: tuple[str, ...] = ()
+    """Text files of your own instead of the standard library's docstrings; no fine-tuning then."""
     out: str = "runs/demo"
+    """The folder that everything is kept in."""
     steps: int | None = None
+    """Steps of pretraining, instead of a probe that fits them to the time."""
     seed: int = 0
+    """With the same steps and seed a run repeats itself."""
     device: str = "auto"
+    """auto (cuda, mps or cpu), or one of them."""
 
     def __post_init__(self) -> None:
         if not 0.0 < self.minutes < float("inf"):

@@ -23,6 +23,7 @@ from pygpt.errors import PygptError
 
 # Verb -> module and function, and what it does in a line. Two words where a noun comes first.
 VERBS: dict[str, tuple[str, str]] = {
+    "demo": ("demo:demo", "train, fine-tune and talk to a small GPT, in about 3 minutes"),
     "tokenizer train": ("text:train", "train a byte-level BPE vocabulary on files"),
     "tokenizer encode": ("text:encode", "text to token ids, or how many there are"),
     "tokenizer decode": ("text:decode", "token ids to text"),
