@@ -418,7 +418,7 @@ class _Demo:
         for one in marked[:N_SHOWN]:
             good = one["answer"] == one["wanted"]
             mark = ("right", "green") if good else ("wrong", "red")
-            wanted = "" if good else f"  (wanted: {one['wanted']})"
+            hint = "" if good else f"  (wanted: {one['wanted']})"
             self.say(
                 Text.assemble(
                     "  ",
@@ -427,7 +427,7 @@ class _Demo:
                     one["question"],
                     "  ",
                     (one["answer"], "bold"),
-                    (wanted, "dim"),
+                    (hint, "dim"),
                 )
             )
         (self.folder / "instruct" / "instructions.json").write_text(
