@@ -166,6 +166,15 @@ void bind_sgemm(py::module_& m) {
   });
 }
 
+void bind_gelu(py::module_& m) {
+  m.def("gelu", [](uintptr_t x, int dtype, int64_t size, uintptr_t grad, uintptr_t out) {
+    if (size && (!x || !out)) throw std::invalid_argument("gelu was given a tensor without memory");
+    const py::gil_scoped_release release;
+    cpu_kernels().gelu({pointer<void>(x), static_cast<DType>(dtype), size, pointer<void>(grad),
+                        pointer<void>(out)});
+  });
+}
+
 void translate(std::exception_ptr error) {
   try {
     if (error) std::rethrow_exception(error);
@@ -192,4 +201,5 @@ PYBIND11_MODULE(_native, m) {
   bind_sample(m);
   bind_cross_entropy(m);
   bind_sgemm(m);
+  bind_gelu(m);
 }

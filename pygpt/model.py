@@ -131,10 +131,10 @@ class FeedForward(nn.Module):
         super().__init__()
         self.up = Linear(config.emb_dim, 4 * config.emb_dim)
         self.down = Linear(4 * config.emb_dim, config.emb_dim)
-        self.approximate = "none" if config.exact_gelu else "tanh"
+        self.gelu = F.gelu if config.exact_gelu else ops.gelu
 
     def forward(self, x: Tensor) -> Tensor:  # (B, T, C) -> (B, T, C)
-        return self.down(F.gelu(self.up(x), approximate=self.approximate))  # type: ignore[no-any-return]
+        return self.down(self.gelu(self.up(x)))  # type: ignore[no-any-return]
 
 
 class Block(nn.Module):

@@ -945,6 +945,63 @@ torch.library.register_autograd(
 )
 
 
+# --- GELU ---------------------------------------------------------------------------
+
+
+def gelu(x: Tensor, *, impl: Impl = "auto") -> Tensor:
+    """GPT-2's GELU: F.gelu(x, approximate="tanh"), at several times the speed on a CPU.
+
+    Source: Hendrycks and Gimpel, "Gaussian Error Linear Units", section 2.
+
+    >>> gelu(torch.tensor([0.0, 1.0]))
+    tensor([0.0000, 0.8412])
+    """
+    if _resolve(impl, native=x.device.type == "cpu" and x.dtype in _NATIVE_DTYPES) == "native":
+        return torch.ops.pygpt.gelu(x)  # type: ignore[no-any-return]
+    return F.gelu(x, approximate="tanh")
+
+
+_library.define("gelu(Tensor x) -> Tensor")  # type: ignore[no-untyped-call]
+_library.define("gelu_backward(Tensor grad, Tensor x) -> Tensor")  # type: ignore[no-untyped-call]
+
+
+@torch.library.impl(_library, "gelu", "CPU")
+def _gelu_native(x: Tensor) -> Tensor:
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    _native.gelu(x.data_ptr(), _NATIVE_DTYPES[x.dtype], x.numel(), 0, out.data_ptr())
+    return out
+
+
+@torch.library.register_fake("pygpt::gelu", lib=_library)  # type: ignore[untyped-decorator]
+def _gelu_fake(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@torch.library.impl(_library, "gelu_backward", "CPU")
+def _gelu_backward_native(grad: Tensor, x: Tensor) -> Tensor:
+    grad, x = grad.contiguous(), x.contiguous()
+    out = torch.empty_like(x)
+    _native.gelu(x.data_ptr(), _NATIVE_DTYPES[x.dtype], x.numel(), grad.data_ptr(), out.data_ptr())
+    return out
+
+
+@torch.library.register_fake("pygpt::gelu_backward", lib=_library)  # type: ignore[untyped-decorator]
+def _gelu_backward_fake(grad: Tensor, x: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _gelu_save(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _gelu_grad(ctx: Any, grad: Tensor) -> Tensor:
+    return torch.ops.pygpt.gelu_backward(grad, *ctx.saved_tensors)  # type: ignore[no-any-return]
+
+
+torch.library.register_autograd("pygpt::gelu", _gelu_grad, setup_context=_gelu_save, lib=_library)
+
+
 # --- cross-entropy ------------------------------------------------------------------
 
 Reduction = Literal["mean", "sum", "none"]

@@ -7,8 +7,7 @@
 #include <cstdint>
 
 #include "core/parallel.h"
-#include "cpu/kernels.h"
-#include "cpu/vec.h"
+#include "cpu/element.h"
 
 namespace pygpt::PYGPT_ISA_NAMESPACE {
 namespace {
@@ -16,22 +15,6 @@ namespace {
 constexpr float kLog2E = 0x1.715476p+0f;
 constexpr double kLn2 = 0x1.62e42fefa39efp-1;
 constexpr int64_t kTaskElements = 1 << 15;
-
-struct Float {
-  using Type = float;
-  static PYGPT_INLINE F32 read(const float* p) { return load(p); }
-  static PYGPT_INLINE void write(float* p, F32 x) { store(p, x); }
-};
-struct BFloat {
-  using Type = uint16_t;
-  static PYGPT_INLINE F32 read(const uint16_t* p) { return load_bf16(p); }
-  static PYGPT_INLINE void write(uint16_t* p, F32 x) { store_bf16(p, x); }
-};
-struct Half {
-  using Type = uint16_t;
-  static PYGPT_INLINE F32 read(const uint16_t* p) { return load_f16(p); }
-  static PYGPT_INLINE void write(uint16_t* p, F32 x) { store_f16(p, x); }
-};
 
 // The last n % kLanes elements of a row, padded with -inf.
 template <class D>

@@ -12,6 +12,7 @@ void attention_forward(const AttentionArgs&);
 void attention_backward(const AttentionArgs&);
 void sgemm(const SgemmArgs&);
 void byte_classes(const uint8_t* text, int64_t blocks, ByteClasses* out);
+void gelu(const GeluArgs&);
 
 extern const CpuKernels kernels;
 const CpuKernels kernels = {
@@ -22,6 +23,7 @@ const CpuKernels kernels = {
     .attention_backward = attention_backward,
     .sgemm = sgemm,
     .byte_classes = byte_classes,
+    .gelu = gelu,
 };
 
 }  // namespace pygpt::PYGPT_ISA_NAMESPACE

@@ -83,6 +83,14 @@ struct ByteClasses {
   uint64_t upper, lower, digit, space, newline, blank, apostrophe, high;  // high: not ASCII
 };
 
+struct GeluArgs {
+  const void* x;  // (size) of dtype, as are the others
+  DType dtype;
+  int64_t size;
+  const void* grad;  // of the output, or null: forward
+  void* out;         // the output, or with `grad` the gradient of x
+};
+
 struct CpuKernels {
   const char* name;
   void (*sample)(const SampleArgs&);
@@ -91,6 +99,7 @@ struct CpuKernels {
   void (*attention_backward)(const AttentionArgs&);
   void (*sgemm)(const SgemmArgs&);
   void (*byte_classes)(const uint8_t* text, int64_t blocks, ByteClasses* out);
+  void (*gelu)(const GeluArgs&);
 };
 
 }  // namespace pygpt

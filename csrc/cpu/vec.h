@@ -67,6 +67,7 @@ PYGPT_INLINE void store_first(float* p, F32 x, int n) {
 PYGPT_INLINE F32 operator+(F32 a, F32 b) { return {_mm512_add_ps(a.v, b.v)}; }
 PYGPT_INLINE F32 operator-(F32 a, F32 b) { return {_mm512_sub_ps(a.v, b.v)}; }
 PYGPT_INLINE F32 operator*(F32 a, F32 b) { return {_mm512_mul_ps(a.v, b.v)}; }
+PYGPT_INLINE F32 operator/(F32 a, F32 b) { return {_mm512_div_ps(a.v, b.v)}; }
 PYGPT_INLINE F32 fma(F32 a, F32 b, F32 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 PYGPT_INLINE F32 max(F32 a, F32 b) { return {_mm512_max_ps(a.v, b.v)}; }
 PYGPT_INLINE F32 min(F32 a, F32 b) { return {_mm512_min_ps(a.v, b.v)}; }
@@ -201,6 +202,7 @@ PYGPT_INLINE void store_first(float* p, F32 x, int n) {
 PYGPT_INLINE F32 operator+(F32 a, F32 b) { return {_mm256_add_ps(a.v, b.v)}; }
 PYGPT_INLINE F32 operator-(F32 a, F32 b) { return {_mm256_sub_ps(a.v, b.v)}; }
 PYGPT_INLINE F32 operator*(F32 a, F32 b) { return {_mm256_mul_ps(a.v, b.v)}; }
+PYGPT_INLINE F32 operator/(F32 a, F32 b) { return {_mm256_div_ps(a.v, b.v)}; }
 PYGPT_INLINE F32 fma(F32 a, F32 b, F32 c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
 PYGPT_INLINE F32 max(F32 a, F32 b) { return {_mm256_max_ps(a.v, b.v)}; }
 PYGPT_INLINE F32 min(F32 a, F32 b) { return {_mm256_min_ps(a.v, b.v)}; }
@@ -339,6 +341,7 @@ PYGPT_INLINE void store_first(float* p, F32 x, int n) {
 PYGPT_INLINE F32 operator+(F32 a, F32 b) { return {a.v + b.v}; }
 PYGPT_INLINE F32 operator-(F32 a, F32 b) { return {a.v - b.v}; }
 PYGPT_INLINE F32 operator*(F32 a, F32 b) { return {a.v * b.v}; }
+PYGPT_INLINE F32 operator/(F32 a, F32 b) { return {a.v / b.v}; }
 PYGPT_INLINE F32 fma(F32 a, F32 b, F32 c) {
   for (int i = 0; i < 4; ++i) c.v[i] = __builtin_fmaf(a.v[i], b.v[i], c.v[i]);
   return c;

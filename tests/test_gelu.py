@@ -1,0 +1,83 @@
+"""ops.gelu: torch's tanh GELU and its gradient, on every instruction set."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from pygpt import _native, ops
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def results(function, x, upstream):
+    x = x.detach().requires_grad_()
+    out = function(x)
+    return [out.detach(), *torch.autograd.grad(out, x, upstream.to(x.dtype))]
+
+
+def tanh_gelu(x):
+    return F.gelu(x, approximate="tanh")
+
+
+@pytest.mark.parametrize("shape", [(1,), (5, 7), (3, 16385), (40_001,)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_it_is_as_exact_as_torch(dtype, shape):
+    g = torch.Generator().manual_seed(0)
+    x = (torch.randn(shape, generator=g) * 4).to(dtype)
+    upstream = torch.randn(shape, generator=g)
+    ours = results(lambda t: ops.gelu(t, impl="native"), x, upstream)
+    naive, exact = results(tanh_gelu, x, upstream), results(tanh_gelu, x.double(), upstream)
+    for a, b, e in zip(ours, naive, exact, strict=True):
+        slack = 2 * torch.finfo(dtype).eps * e.abs().max()
+        error, allowed = (a - e).abs().max(), 2 * (b - e).abs().max() + slack
+        assert error <= allowed, f"error {error:.3g}, allowed {allowed:.3g}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_extreme_values_are_those_of_the_limit(dtype):
+    largest = torch.finfo(dtype).max
+    x = torch.tensor([largest, -largest, 60.0, -60.0, 0.0, torch.nan]).to(dtype)
+    value, slope = results(lambda t: ops.gelu(t, impl="native"), x, torch.ones(6))
+    assert value[:5].abs().tolist() == [x[0].item(), 0.0, 60.0, 0.0, 0.0]
+    assert slope[:5].abs().tolist() == [1.0, 0.0, 1.0, 0.0, 0.5]
+    assert value[5].isnan()
+    assert slope[5].isnan()
+
+
+def test_every_instruction_set_passes_the_tests_above():
+    others = [isa for isa in _native.available_isas() if isa != _native.isa()]
+    if "PYGPT_ISA" in os.environ:
+        pytest.skip("this run is one of them")
+    for isa in others:
+        run = subprocess.run(
+            [sys.executable, "-m", "pytest", "-x", __file__, "-k", "as_exact or extreme"],
+            env={**os.environ, "PYGPT_ISA": isa},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert run.returncode == 0, f"{isa}:\n{run.stdout[-3000:]}"
+
+
+def test_gradcheck_in_float64():
+    x = torch.randn(7, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(ops.gelu, [x])
+
+
+def test_any_strides_are_read():
+    x, upstream = torch.randn(9, 14), torch.randn(7, 9)
+    ours = results(lambda t: ops.gelu(t[:, ::2].t(), impl="native"), x, upstream)
+    for a, b in zip(ours, results(lambda t: tanh_gelu(t[:, ::2].t()), x, upstream), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_the_registered_ops_are_sound():
+    x = torch.randn(5, 7, requires_grad=True)
+    torch.library.opcheck(torch.ops.pygpt.gelu.default, (x,))
+    torch.library.opcheck(torch.ops.pygpt.gelu_backward.default, (x.detach(), x.detach()))
