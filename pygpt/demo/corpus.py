@@ -106,7 +106,8 @@ def clean(text: str) -> str:
             else:
                 lines.append(line)
         paragraph = "\n".join(lines)
-        if paragraph and len(_ENGLISH.findall(paragraph)) >= 0.86 * len(paragraph):
+        letters = len(_ENGLISH.findall(paragraph))
+        if paragraph and letters >= 0.86 * len(paragraph) and ">>>" not in paragraph:
             paragraphs.append(paragraph)
     return "\n\n".join(paragraphs)
 

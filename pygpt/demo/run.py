@@ -46,7 +46,7 @@ SHAPE = GPTConfig(
 PRETRAIN_SECONDS = 80.0  # of the three minutes
 MOMENTS = 4  # samples at the start and after each of so many parts of pretraining
 # Steps of the other acts for each of pretraining's, by what a step of each costs.
-CLASSIFY_SHARE, INSTRUCT_SHARE = 0.2, 1.0
+CLASSIFY_SHARE, INSTRUCT_SHARE = 0.1, 0.45
 N_CLASSES, CLASS_TOKENS, TEST_PER_CLASS = 6, 64, 60
 N_QUESTIONS, N_SHOWN = 350, 8
 PROMPT = "Return a list of"
@@ -91,7 +91,7 @@ class _Demo:
     def __init__(self, config: DemoConfig, console: Console) -> None:
         self.config, self.console, self.folder = config, console, Path(config.out)
         self.state_file = self.folder / "demo.json"
-        settings = {**config.to_dict(), "out": None}
+        settings = {**config.to_dict(), "out": None, "text": list(config.text)}
         self.state: dict[str, Any] = {"settings": settings, "acts": {}}
         self._open()
         self.result = DemoResult(self.folder, self.state["acts"])
@@ -278,7 +278,7 @@ class _Demo:
             lr=3e-3,
             min_lr=2e-4,
             beta2=0.98,
-            eval_batches=16,
+            eval_batches=8,
             device=self.config.device,
             seed=self.config.seed,
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import re
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
@@ -60,12 +61,12 @@ def choose_words(words: Iterable[str], tok: Tokenizer) -> Words:
 
     chosen = sorted(filter(plain, words))
     held_out = [word for word in chosen if _percent(word) < HELD_OUT_PERCENT]
-    cuts = [pieces(" " + word) for word in chosen if word not in set(held_out)]
+    vocabulary = {tok.decode([token]) for token in range(tok.n_vocab)}
     return Words(
         sorted(set(chosen) - set(held_out)),
         held_out,
-        sorted({beginning[1:] for beginning, _ in cuts}),
-        sorted({ending for _, ending in cuts}),
+        sorted(x[1:] for x in vocabulary if re.fullmatch(" [a-z]{1,6}", x) and x[1:] in vocabulary),
+        sorted(x for x in vocabulary if re.fullmatch("[a-z]{1,5}", x)),
     )
 
 
