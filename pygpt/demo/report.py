@@ -173,7 +173,7 @@ def _curve(metrics: Sequence[Mapping[str, Any]], pretrain: Mapping[str, Any]) ->
             color=colour,
         )
     axes.set(xlabel="step", ylabel="bits per character")
-    low = min(value for _, value in (*held_out[1:], *training))
+    low = min(pretrain["bz2"], *(value for _, value in (*held_out[1:], *training)))
     axes.set_ylim(max(0.0, low - 0.2), max(pretrain["gzip"] + 0.8, held_out[-1][1] + 0.5))
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
