@@ -49,5 +49,6 @@ def test_objects_share_no_code_between_instruction_sets():
         ).stdout
         for line in table.splitlines():
             kind, name = line[17:].split(" ", 1)
-            if kind in "WVu":
+            # a pointer to the runtime's exception handler is data, the same in every object
+            if kind in "WVu" and not name.startswith("DW.ref."):
                 assert f"pygpt::{isa}::" in name, f"{path.name}: {name}"
