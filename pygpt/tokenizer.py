@@ -586,8 +586,8 @@ class Tokenizer:
 
         A folder gets tokenizer.json, vocab.json and merges.txt.
 
-        What is written is read back and compared before the file appears. Raises ValueError where
-        the format cannot hold this vocabulary.
+        A .tiktoken file is read back and compared before it appears. Raises ValueError where the
+        format cannot hold this vocabulary.
         """
         path = Path(path)
         if path.suffix == ".tiktoken":
