@@ -36,20 +36,21 @@ text = " ".join(words[(i * i + 3 * i) % 10] for i in range(40000))
 (folder / "counting.txt").write_text(text)
 tokenizer = pygpt.Tokenizer.train([text], 300)
 data = pygpt.data.prepare([folder / "counting.txt"], tokenizer, folder / "data")
-model = pygpt.GPT(pygpt.GPTConfig(vocab_size=tokenizer.n_vocab, context_length=256, emb_dim=384,
-                                  n_heads=6, n_layers=6, drop_rate=0.0))
-config = pygpt.TrainConfig(steps=200, batch_size=64, device=device, seed=1)
+context, width, batch = (256, 384, 64) if device == "cuda" else (64, 96, 8)
+model = pygpt.GPT(pygpt.GPTConfig(vocab_size=tokenizer.n_vocab, context_length=context,
+                                  emb_dim=width, n_heads=6, n_layers=6, drop_rate=0.0))
+config = pygpt.TrainConfig(steps=200, batch_size=batch, device=device, seed=1)
 began = time.perf_counter()
 run = pygpt.pretrain(model, data, config, out=folder / "run")
 seconds = time.perf_counter() - began
 losses = [m["loss"] for m in run.metrics if "loss" in m]
-assert losses[-1] < losses[0] / 4, losses
+assert losses[-1] < losses[0] / 2, losses
 model = pygpt.GPT.from_pretrained(folder / "run" / "model", device=device)
 prompt = tokenizer.encode("one two")
 began = time.perf_counter()
-out = pygpt.generate(model, prompt, max_new_tokens=128, temperature=0.0)
-print(json.dumps({"loss": losses[-1], "train_tokens_per_second": 200 * 64 * 256 / seconds,
-                  "generate_tokens_per_second": 128 / (time.perf_counter() - began)}))
+out = pygpt.generate(model, prompt, max_new_tokens=32, temperature=0.0)
+print(json.dumps({"loss": losses[-1], "train_tokens_per_second": 200 * batch * context / seconds,
+                  "generate_tokens_per_second": 32 / (time.perf_counter() - began)}))
 """
 
 
