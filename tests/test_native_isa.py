@@ -22,9 +22,20 @@ def run(isa, *arguments):
     )
 
 
+# The tests of each op that hold its native kernels against the twins.
+KERNEL_TESTS = {
+    "attention": "shapes or blocks or threads",
+    "cross_entropy": "as_exact and mean",
+    "gelu": "as_exact or extreme",
+    "linear": "as_exact or random_shapes",
+    "sampling": "same_tokens or (gpt2s and float32)",
+}
+
+
 @pytest.mark.parametrize("isa", OTHER_ISAS)
-def test_attention_on_every_instruction_set(isa):
-    done = run(isa, "-m", "pytest", "tests/test_attention.py", "-k", "shapes or blocks or threads")
+@pytest.mark.parametrize("op", KERNEL_TESTS)
+def test_kernels_on_every_instruction_set(op, isa):
+    done = run(isa, "-m", "pytest", "-x", f"tests/test_{op}.py", "-k", KERNEL_TESTS[op])
     assert done.returncode == 0, done.stdout[-3000:]
 
 

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
-from pygpt import _native, ops
+from pygpt import ops
 
 TOY = torch.tensor([[4.51, 0.89, -1.90, 6.75, 1.63, -1.62, -1.89, 6.28, 1.79]])  # the book's
 BACKENDS = ("native", "torch", "reference")
@@ -83,29 +79,6 @@ def test_native_equals_torch_at_the_size_of_gpt2s_vocabulary(settings, dtype):
     uniforms = torch.rand(2, generator=g, dtype=torch.float64)
     native = ops.sample(logits, uniforms=uniforms, impl="native", **settings)
     assert torch.equal(native, ops.sample(logits, uniforms=uniforms, impl="torch", **settings))
-
-
-def test_every_instruction_set_passes_the_tests_above():
-    others = [isa for isa in _native.available_isas() if isa != _native.isa()]
-    if "PYGPT_ISA" in os.environ:
-        pytest.skip("this run is one of them")
-    for isa in others:
-        run = subprocess.run(
-            [
-                sys.executable,
-                "-m",
-                "pytest",
-                "-x",
-                __file__,
-                "-k",
-                "same_tokens or (gpt2s and float32)",
-            ],
-            env={**os.environ, "PYGPT_ISA": isa},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert run.returncode == 0, f"{isa}:\n{run.stdout[-3000:]}"
 
 
 @pytest.mark.parametrize("impl", BACKENDS)
