@@ -2,9 +2,9 @@
 
 The first curve is nanoGPT's CPU recipe (4 layers, 4 heads, width 128, context 64, batch 12, no
 dropout, lr 1e-3 to 1e-4 over 2000 steps, then 1e-4) as a plain PyTorch loop, written afresh. The
-second is `pygpt.pretrain` with a recipe of its own. Both see the first 90 % of the text, are
-evaluated on all of the last 10 %, in windows of their own context, and their clocks stand still
-meanwhile. One runs after the other: use a quiet machine.
+second is the command `pygpt pretrain` with a recipe of its own. Both see the first 90 % of the
+text, are evaluated on all of the last 10 %, in windows of their own context, and their clocks stand
+still meanwhile. One runs after the other: use a quiet machine.
 
     python benchmarks/bench_shakespeare.py tinyshakespeare.txt --seconds 180
 """
@@ -13,8 +13,11 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import math
 import platform
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -23,12 +26,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pygpt import GPT, GPTConfig, Tokenizer, TrainConfig, data, pretrain
-from pygpt.training import Event, Pretraining, steps_for
-
 TARGET = 1.88
-SHAPE = {"context_length": 128, "emb_dim": 128, "n_heads": 4, "n_layers": 4, "drop_rate": 0.0}
-RECIPE = {"batch_size": 8, "lr": 2.5e-3, "warmup_steps": 100, "checkpoint_every": 0}
+RECIPE = (
+    "--tokenizer bytes --context-length 128 --emb-dim 128 --n-heads 4 --n-layers 4 --init-std 0.08 "
+    "--batch-size 8 --lr 2.5e-3 --warmup-steps 100 --eval-every 500 --checkpoint-every 0"
+)
+TOKENS_PER_STEP = 8 * 128
 
 Curve = list[tuple[float, int, float]]  # seconds, tokens, validation loss
 
@@ -112,37 +115,29 @@ def train_plain(train: Tensor, validation: Tensor, seconds: float) -> Curve:
 
 
 def train_pygpt(path: Path, folder: Path, seconds: float, steps: int | None) -> Curve:
-    """The same text through `data.prepare` and `pretrain`."""
-    tok = Tokenizer.train([path], 257)  # bytes, which are characters here, and end-of-text
-    prepared = data.prepare(path, tok, folder / "data", validation=0.1)
-    shape = GPTConfig(vocab_size=tok.n_vocab, **SHAPE)
-    torch.manual_seed(1337)
-    model = GPT(shape)
-    with torch.no_grad():  # GPT-2's 0.02 suits its widths; narrow matrices learn sooner from more
-        for p in model.parameters():
-            if p.ndim == 2:
-                p.mul_(4)
-    if steps is None:
-        config = TrainConfig(**RECIPE)
-        task = Pretraining(prepared, shape.context_length, config)
-        steps = steps_for(seconds, model, task, config, evaluations=0)
-        print(f"  pygpt  a probe fixes {steps} steps; --steps {steps} repeats this run")
-    config = TrainConfig(steps=steps, eval_every=max(1, steps // 25), **RECIPE)
-    per_step = config.batch_size * shape.context_length
+    """What the command line makes of the same text: its events, read as they come."""
+    length = ("--steps", str(steps)) if steps else ("--minutes", f"{seconds / 60:g}")
+    command = ["pygpt", "pretrain", str(path), "--out", str(folder / "run"), *RECIPE.split(), *length]
+    print("  " + " ".join(command))
     curve: Curve = []
     begin, evaluating = 0.0, 0.0
-
-    def on_event(event: Event) -> None:
-        nonlocal begin, evaluating
-        if event.kind == "start":
-            begin = time.perf_counter()
-        elif event.kind == "eval":
-            evaluating += event.values["eval_seconds"]
-            clock = time.perf_counter() - begin - evaluating
-            curve.append((clock, event.step * per_step, event.values["val_loss"]))
-            print(f"  pygpt  {clock:6.1f} s  {event.step:6d} steps  {curve[-1][2]:.4f}", flush=True)
-
-    pretrain(model, prepared, config, out=folder / "run", on_event=on_event)
+    with subprocess.Popen(
+        [sys.executable, "-m", *command, "--json"], stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            event = json.loads(line) if line.startswith("{") else {"event": line.strip()}
+            if event["event"] == "start":
+                begin = time.perf_counter()
+            elif event["event"] == "eval":
+                evaluating += event["eval_seconds"]
+                clock = time.perf_counter() - begin - evaluating
+                curve.append((clock, event["step"] * TOKENS_PER_STEP, event["val_loss"]))
+                print(f"  pygpt  {clock:6.1f} s  {event['step']:6d} steps  {curve[-1][2]:.4f}")
+            elif event["event"] not in ("step", "end"):
+                print(f"  {event['event']}")
+    if process.returncode:
+        raise SystemExit(f"pygpt pretrain failed with {process.returncode}")
     return curve
 
 

@@ -180,12 +180,13 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def _initialise(self) -> None:
-        """GPT-2's: N(0, 0.02), smaller where 2 n_layers branches add up in the residual stream."""
-        residual_std = 0.02 / math.sqrt(2 * self.config.n_layers)
+        """GPT-2's: normal, smaller where 2 n_layers branches add up in the residual stream."""
+        std = self.config.init_std
+        residual_std = std / math.sqrt(2 * self.config.n_layers)
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 residual = name.endswith(("att.out", "ff.down"))
-                module.weight.normal_(std=residual_std if residual else 0.02)
+                module.weight.normal_(std=residual_std if residual else std)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 module.bias.zero_()
 

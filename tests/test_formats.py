@@ -549,7 +549,7 @@ def test_gguf_refuses_what_llamacpp_would_misread(tmp_path: Path) -> None:
 
 def test_exact_gelu_survives_the_round_trip_and_transformers(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
-    model = random_gpt(exact_gelu=True)
+    model = random_gpt(exact_gelu=True, init_std=0.05)
     model.save_pretrained(tmp_path)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert GPT.from_pretrained(tmp_path).config == model.config

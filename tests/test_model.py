@@ -86,9 +86,10 @@ def test_logits_are_those_of_the_books_architecture(tie_weights: bool, qkv_bias:
     torch.testing.assert_close(model(ids), books_logits(model, ids), rtol=1e-6, atol=1e-6)
 
 
-def test_initialisation_is_gpt2s() -> None:
+@pytest.mark.parametrize("init_std", [0.02, 0.08])
+def test_initialisation_is_gpt2s(init_std: float) -> None:
     torch.manual_seed(2)
-    model = GPT(GPTConfig(500, 100, 128, 4, 8, qkv_bias=True))
+    model = GPT(GPTConfig(500, 100, 128, 4, 8, qkv_bias=True, init_std=init_std))
     for name, p in model.named_parameters():
         if "norm" in name:
             assert (p == (1.0 if name.endswith("weight") else 0.0)).all(), name
@@ -96,7 +97,7 @@ def test_initialisation_is_gpt2s() -> None:
             assert (p == 0).all(), name
         else:
             residual = name.endswith(("att.out.weight", "ff.down.weight"))
-            std = 0.02 / 4 if residual else 0.02
+            std = init_std / 4 if residual else init_std
             assert abs(p.std() / std - 1) < 0.03 and abs(p.mean()) < std / 20, name
 
 

@@ -83,7 +83,8 @@ class Check:
             done = subprocess.run(
                 command, cwd=cwd, env=self.env, capture_output=True, text=True, timeout=limit
             )
-        except subprocess.TimeoutExpired:
+        except subprocess.TimeoutExpired as late:
+            print((late.stdout or b"").decode(errors="replace")[-6000:], flush=True)
             self.row(step, "FAILED", f"more than {limit} s")
             return None
         output = done.stdout + done.stderr

@@ -34,10 +34,11 @@ def has_nvidia_gpu() -> bool:
 
 
 def reachable(url: str) -> bool:
+    """Whether `url` answers within seconds: a process is ended in time, a name lookup is not."""
+    probe = [sys.executable, "-c", f"import urllib.request as r; r.urlopen({url!r}, timeout=3)"]
     try:
-        with urllib.request.urlopen(url, timeout=3):
-            return True
-    except OSError:
+        return not subprocess.run(probe, capture_output=True, timeout=4, check=False).returncode
+    except subprocess.TimeoutExpired:
         return False
 
 

@@ -27,6 +27,7 @@ SMALL = GPTConfig(
     n_layers=6,
     drop_rate=0.0,
     tie_weights=True,
+    init_std=0.06,
 )
 DEFAULTS = TrainConfig()
 

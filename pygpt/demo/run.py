@@ -42,6 +42,7 @@ SHAPE = GPTConfig(
     n_layers=4,
     drop_rate=0.0,
     tie_weights=True,
+    init_std=0.08,
 )
 PRETRAIN_SECONDS = 80.0  # of the three minutes
 MOMENTS = 4  # samples at the start and after each of so many parts of pretraining

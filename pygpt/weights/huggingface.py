@@ -81,6 +81,7 @@ def config_from_json(raw: Mapping[str, Any], path: Path) -> GPTConfig:
             qkv_bias=raw.get("pygpt", {}).get("qkv_bias", True),
             tie_weights=raw.get("tie_word_embeddings", True),
             exact_gelu=raw.get("activation_function") == "gelu",
+            init_std=raw.get("initializer_range", 0.02),
         )
     except KeyError as missing:
         raise DataError(f"{path}: the key {missing} is missing") from None
@@ -113,6 +114,7 @@ def config_to_json(config: GPTConfig, dtype: torch.dtype, eos_id: int | None) ->
         "n_layer": config.n_layers,
         "activation_function": "gelu" if config.exact_gelu else "gelu_new",
         "layer_norm_epsilon": 1e-5,
+        "initializer_range": config.init_std,
         "resid_pdrop": config.drop_rate,
         "embd_pdrop": config.drop_rate,
         "attn_pdrop": config.drop_rate,
