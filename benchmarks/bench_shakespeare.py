@@ -117,7 +117,8 @@ def train_plain(train: Tensor, validation: Tensor, seconds: float) -> Curve:
 def train_pygpt(path: Path, folder: Path, seconds: float, steps: int | None) -> Curve:
     """What the command line makes of the same text: its events, read as they come."""
     length = ("--steps", str(steps)) if steps else ("--minutes", f"{seconds / 60:g}")
-    command = ["pygpt", "pretrain", str(path), "--out", str(folder / "run"), *RECIPE.split(), *length]
+    command = ["pygpt", "pretrain", str(path), "--out", str(folder / "run")]
+    command += [*RECIPE.split(), *length]
     print("  " + " ".join(command))
     curve: Curve = []
     begin, evaluating = 0.0, 0.0
