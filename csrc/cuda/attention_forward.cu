@@ -22,7 +22,8 @@ __global__ void __launch_bounds__(kThreads, 2) attention_forward(const CudaAtten
   constexpr int kRows = 4 * kM * 16, kN = kKeys / 8;
   const int batch = blockIdx.x / a.heads, head = blockIdx.x % a.heads;
   const int first_query = (gridDim.y - 1 - blockIdx.y) * kRows;  // the longest rows start first
-  const int thread = threadIdx.x, warp = thread / kWarp, lane = thread % kWarp;
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  const int thread = opaque(static_cast<int>(threadIdx.x));  // else sm_90 spills at 128 channels
   const int warp_query = first_query + warp * kM * 16;
   const Sequence sequence(a, batch);
   const int end_key = sequence.last_key(least(first_query + kRows, a.queries) - 1) + 1;

@@ -47,7 +47,7 @@ SHAPE = GPTConfig(
 PRETRAIN_SECONDS = 80.0  # of the three minutes
 MOMENTS = 4  # samples at the start and after each of so many parts of pretraining
 # Steps of the other acts for each of pretraining's, by what a step of each costs.
-CLASSIFY_SHARE, INSTRUCT_SHARE = 0.1, 0.45
+CLASSIFY_SHARE, INSTRUCT_SHARE = 0.1, 0.25
 N_CLASSES, CLASS_TOKENS, TEST_PER_CLASS = 6, 64, 60
 N_QUESTIONS, N_SHOWN = 350, 8
 PROMPT = "Return a list of"
