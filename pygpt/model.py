@@ -176,7 +176,8 @@ class GPT(nn.Module):
         self.out_head: nn.Linear | None = None
         if not config.tie_weights:
             self.out_head = nn.Linear(config.emb_dim, config.vocab_size, bias=False)
-        self._initialise()
+        if not self.tok_emb.weight.is_meta:
+            self._initialise()
 
     @torch.no_grad()
     def _initialise(self) -> None:
@@ -189,6 +190,15 @@ class GPT(nn.Module):
                 module.weight.normal_(std=residual_std if residual else std)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 module.bias.zero_()
+
+    def train(self, mode: bool = True) -> Self:
+        """As in nn.Module; matrices that lie in a file as (in, out) get rows first.
+
+        Fused optimisers go through a weight and its restored moments element by element.
+        """
+        for p in self.parameters() if mode else ():
+            p.data = p.data.contiguous()
+        return super().train(mode)
 
     @property
     def head_weight(self) -> Tensor:
@@ -281,13 +291,15 @@ class GPT(nn.Module):
     ) -> Self:
         """The model in a folder or safetensors file, or of a name on the Hugging Face hub.
 
-        It comes in eval mode; `dtype` None keeps what the file holds. Raises FileNotFoundError,
-        or DataError that names the file and each tensor that is missing, left over or misshaped.
+        It comes in eval mode; `dtype` None keeps what the file holds. On the CPU the weights stay
+        mapped from the file, which may be replaced or deleted, but not written into. Raises
+        FileNotFoundError, or DataError that names the file and each tensor that is missing, left
+        over, misshaped or not what was saved.
         """
         checkpoint = weights.load(source, revision=revision)
         with torch.device("meta"):
             model = cls(checkpoint.config)
-        model.load_state_dict(dict(checkpoint.load(dtype, device)), assign=True)
+        model.load_state_dict(checkpoint.load(dtype, device), assign=True)
         return model.eval()
 
     def save_pretrained(

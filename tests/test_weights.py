@@ -85,11 +85,25 @@ def test_saving_over_the_folder_that_was_loaded_is_safe(folder: Path) -> None:
     assert_same(GPT.from_pretrained(folder), model)
 
 
-def test_loaded_weights_do_not_depend_on_the_file(folder: Path) -> None:
-    model, before = GPT.from_pretrained(folder), random_model()
-    with (folder / "model.safetensors").open("r+b") as file:
-        file.truncate(100)
-    assert_same(model, before)
+def test_weights_and_their_file_go_their_own_ways(folder: Path) -> None:
+    first, second = GPT.from_pretrained(folder), GPT.from_pretrained(folder)
+    with torch.no_grad():
+        for p in first.parameters():
+            p.add_(1.0)
+    assert_same(GPT.from_pretrained(folder), random_model())
+    random_model(seed=1).save_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    assert_same(second, random_model())
+
+
+def test_training_gets_rows_first_and_the_same_weights(folder: Path) -> None:
+    model = GPT.from_pretrained(folder)
+    assert not model.blocks[0].ff.up.weight.is_contiguous()  # mapped from the file as it lies
+    before = [*model.parameters()]
+    model.train()
+    assert all(p.is_contiguous() for p in model.parameters())
+    assert all(a is b for a, b in zip(before, model.parameters(), strict=True))
+    assert_same(model, random_model())
 
 
 def shard(folder: Path) -> None:
@@ -256,6 +270,8 @@ def test_things_that_are_not_weights_are_named(folder: Path, tmp_path: Path) -> 
     path.write_text("<!DOCTYPE html><title>404</title>")
     refused(folder, f"{path} is a web page")
     path.write_bytes(b"")
+    refused(folder, f"{path} is empty")
+    path.write_bytes(b"\0" * 100)
     refused(folder, f"{path} is not a whole safetensors file")
     path.unlink()
     refused(folder, f"{path} does not exist", FileNotFoundError)

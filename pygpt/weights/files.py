@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import json
 import os
@@ -13,16 +12,18 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from pygpt.errors import DataError, ResourceError
 from pygpt.weights.layout import LazyTensor
 
-_DTYPES = {
+_CODES = {
     torch.float32: "F32",
     torch.float16: "F16",
     torch.bfloat16: "BF16",
     torch.float64: "F64",
 }
+_DTYPES = {code: dtype for dtype, code in _CODES.items()}
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -30,7 +31,7 @@ def read_json(path: Path) -> dict[str, Any]:
     refuse_stand_ins(path)
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not JSON: {error}") from None
     if not isinstance(raw, dict):
         raise DataError(f"{path} holds a {type(raw).__name__}, expected an object")
@@ -38,11 +39,13 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def refuse_stand_ins(path: Path) -> None:
-    """Name a missing file, a git-lfs pointer and a web page for what they are."""
+    """Name a missing file, an empty one, a git-lfs pointer and a web page for what they are."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist")
     with path.open("rb") as file:
         head = file.read(64).lstrip().lower()
+    if not path.stat().st_size:
+        raise DataError(f"{path} is empty; was a copy or download cut short?")
     if head.startswith(b"version https://git-lfs"):
         raise DataError(f"{path} is a git-lfs pointer, not the file itself; run `git lfs pull`")
     if head.startswith((b"<!doctype", b"<html", b"<?xml")):
@@ -50,59 +53,71 @@ def refuse_stand_ins(path: Path) -> None:
 
 
 def read_safetensors(path: Path) -> dict[str, LazyTensor]:
-    """The tensors of one file, memory-mapped."""
+    """The tensors of one file, memory-mapped; changes made to them do not reach the file.
+
+    Where the file holds checksums (see `write_safetensors`), reading a tensor verifies its own.
+    """
     refuse_stand_ins(path)
-    dtypes = {code: dtype for dtype, code in _DTYPES.items()}
-    result = {}
     try:
-        file: Any = safe_open(path, framework="pt")
-        expected = (file.metadata() or {}).get("crc32")
-        if expected is not None and _crc32_of_data(path) != expected:
-            raise DataError(f"{path} is damaged: its data is not what was saved (CRC-32 differs)")
-        for name in file.keys():  # noqa: SIM118 (it is no dictionary)
-            part = file.get_slice(name)
-            dtype = dtypes.get(part.get_dtype(), torch.uint8)  # else a mask, which is never read
-            read = functools.partial(file.get_tensor, name)
-            result[name] = LazyTensor(tuple(part.get_shape()), dtype, read)
+        with safe_open(path, framework="pt"):  # checks the header: sizes, overlaps, bounds
+            pass
     except (SafetensorError, OSError) as error:
         raise DataError(f"{path} is not a whole safetensors file: {error}") from None
+    data = torch.from_file(str(path), size=path.stat().st_size, dtype=torch.uint8)
+    start = 8 + int.from_bytes(data[:8].numpy().tobytes(), "little")
+    header = json.loads(data[8:start].numpy().tobytes())
+    checksums = header.pop("__metadata__", {}).get("crc32", "").split()
+    in_order = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
+    if len(checksums) not in (0, len(header)):
+        raise DataError(f"{path} has {len(checksums)} checksums for {len(header)} tensors")
+    result = {}
+    for (name, entry), crc in itertools.zip_longest(in_order, checksums):
+        first, end = (start + offset for offset in entry["data_offsets"])
+        dtype = _DTYPES.get(entry["dtype"], torch.uint8)  # else a mask, which is never read
+        shape = tuple(entry["shape"])
+
+        def read(
+            part: Tensor = data[first:end],
+            crc: str | None = crc,
+            name: str = name,
+            dtype: torch.dtype = dtype,
+            shape: tuple[int, ...] = shape,
+        ) -> Tensor:
+            if crc is not None and f"{zlib.crc32(part.numpy().data):08x}" != crc:
+                raise DataError(
+                    f"{path} is damaged: {name} is not what was saved (its CRC differs)"
+                )
+            aligned = part.storage_offset() % dtype.itemsize == 0
+            return (part if aligned else part.clone()).view(dtype).view(shape)
+
+        result[name] = LazyTensor(shape, dtype, read)
     return result
-
-
-def _crc32_of_data(path: Path) -> str:
-    crc = 0
-    with path.open("rb") as file:
-        file.seek(8 + int.from_bytes(file.read(8), "little"))
-        while chunk := file.read(2**20):
-            crc = zlib.crc32(chunk, crc)
-    return f"{crc:08x}"
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, LazyTensor]) -> None:
     """Write tensors one at a time, so that no second copy of the model is ever in memory.
 
-    The header's metadata holds the CRC-32 of the data, which `read_safetensors` verifies.
+    The header's metadata holds the CRC-32 of each, in the order of the file.
     """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt", "crc32": "00000000"}}
-    offset = 0
+    blank = " ".join(["00000000"] * len(tensors))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", "crc32": blank}}
+    end = 0
     for name, tensor in tensors.items():
-        end = offset + tensor.numel * tensor.dtype.itemsize
-        code = _DTYPES[tensor.dtype]
-        header[name] = {"dtype": code, "shape": tensor.shape, "data_offsets": [offset, end]}
-        offset = end
+        start, end = end, end + tensor.numel * tensor.dtype.itemsize
+        code = _CODES[tensor.dtype]
+        header[name] = {"dtype": code, "shape": tensor.shape, "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    crc = 0
+    found: list[str] = []
 
     def data() -> Iterator[memoryview]:
-        nonlocal crc
         for tensor in tensors.values():
             chunk = to_bytes(tensor)
-            crc = zlib.crc32(chunk, crc)
+            found.append(f"{zlib.crc32(chunk):08x}")
             yield chunk
 
     def patch() -> tuple[int, bytes]:
-        return 8 + text.index(b"00000000"), f"{crc:08x}".encode()
+        return 8 + text.index(blank.encode()), " ".join(found).encode()
 
     write_whole(path, itertools.chain([len(text).to_bytes(8, "little"), text], data()), patch)
 

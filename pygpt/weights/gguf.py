@@ -13,33 +13,18 @@ import torch
 
 from pygpt.errors import DataError, UsageError
 from pygpt.weights.files import read_json, to_bytes, write_whole
-from pygpt.weights.layout import Checkpoint, LazyTensor, Rule, export
+from pygpt.weights.layout import Checkpoint, LazyTensor, Table, export
 
-RULES = (
-    Rule("tok_emb.weight", "token_embd.weight"),
-    Rule("pos_emb.weight", "position_embd.weight"),
-    Rule("blocks.*.norm1.weight", "blk.*.attn_norm.weight"),
-    Rule("blocks.*.norm1.bias", "blk.*.attn_norm.bias"),
-    Rule("blocks.*.att.qkv.weight", "blk.*.attn_qkv.weight"),
-    Rule("blocks.*.att.qkv.bias", "blk.*.attn_qkv.bias"),
-    Rule("blocks.*.att.out.weight", "blk.*.attn_output.weight"),
-    Rule("blocks.*.att.out.bias", "blk.*.attn_output.bias"),
-    Rule("blocks.*.norm2.weight", "blk.*.ffn_norm.weight"),
-    Rule("blocks.*.norm2.bias", "blk.*.ffn_norm.bias"),
-    Rule("blocks.*.ff.up.weight", "blk.*.ffn_up.weight"),
-    Rule("blocks.*.ff.up.bias", "blk.*.ffn_up.bias"),
-    Rule("blocks.*.ff.down.weight", "blk.*.ffn_down.weight"),
-    Rule("blocks.*.ff.down.bias", "blk.*.ffn_down.bias"),
-    Rule("final_norm.weight", "output_norm.weight"),
-    Rule("final_norm.bias", "output_norm.bias"),
-    Rule("out_head.weight", "output.weight"),
+TABLE = Table(
+    "token_embd position_embd blk.*.attn_norm blk.*.attn_qkv blk.*.attn_output blk.*.ffn_norm "
+    "blk.*.ffn_up blk.*.ffn_down output_norm output"
 )
 
 # name: (ggml type, general.file_type, elements in a block, bytes of a block)
 TYPES = {"f32": (0, 0, 1, 4), "f16": (1, 1, 1, 2), "q8_0": (8, 7, 32, 34), "bf16": (30, 32, 1, 2)}
 _TORCH = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 _ALIGNMENT = 32
-_UINT32, _FLOAT32, _STRING, _ARRAY, _INT32 = 4, 6, 8, 9, 5  # types of metadata values
+_UINT32, _INT32, _FLOAT32, _STRING, _ARRAY = 4, 5, 6, 8, 9  # types of metadata values
 
 # tokenizer.ggml.pre of the patterns that llama.cpp knows by name.
 _GPT2_PATTERNS = (
@@ -56,7 +41,7 @@ def write(path: Path, checkpoint: Checkpoint, kind: str, tokenizer: Path | None)
     block = TYPES[kind][2]
     if config.emb_dim % block:
         raise UsageError(f"{kind} needs rows of a multiple of {block}, got {config.emb_dim}")
-    tensors = export(RULES, checkpoint.tensors, config)
+    tensors = export(TABLE, checkpoint.tensors, config.n_layers)
     if not config.qkv_bias:  # llama.cpp's gpt2 always has them
         zeros = LazyTensor.of(torch.zeros(3 * config.emb_dim))
         tensors |= {f"blk.{n}.attn_qkv.bias": zeros for n in range(config.n_layers)}
@@ -107,17 +92,13 @@ def _string(text: str) -> bytes:
 
 
 def _value(type_: int, value: Any) -> bytes:
-    match type_:
-        case 4:
-            return struct.pack("<I", value)
-        case 5:
-            return struct.pack("<i", value)
-        case 6:
-            return struct.pack("<f", value)
-        case 8:
-            return _string(value)
-    inner = _STRING if isinstance(value[0], str) else _INT32
-    return struct.pack("<IQ", inner, len(value)) + b"".join(_value(inner, v) for v in value)
+    if type_ == _STRING:
+        return _string(value)
+    if type_ == _ARRAY:
+        inner = _STRING if isinstance(value[0], str) else _INT32
+        elements = b"".join(_value(inner, element) for element in value)
+        return struct.pack("<IQ", inner, len(value)) + elements
+    return struct.pack({_UINT32: "<I", _INT32: "<i", _FLOAT32: "<f"}[type_], value)
 
 
 def _data(tensor: LazyTensor, kind: str) -> Iterator[bytes | memoryview]:

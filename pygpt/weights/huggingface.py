@@ -13,29 +13,14 @@ import torch
 from pygpt.config import GPTConfig
 from pygpt.errors import DataError
 from pygpt.weights.files import read_json, read_safetensors, write_safetensors, write_whole
-from pygpt.weights.layout import Checkpoint, LazyTensor, Rule, adopt, export
+from pygpt.weights.layout import Checkpoint, LazyTensor, Table, adopt, blaming, export
 
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 
-# Conv1D keeps its weight (in, out), the transpose of nn.Linear's.
-RULES = (
-    Rule("tok_emb.weight", "wte.weight"),
-    Rule("pos_emb.weight", "wpe.weight"),
-    Rule("blocks.*.norm1.weight", "h.*.ln_1.weight"),
-    Rule("blocks.*.norm1.bias", "h.*.ln_1.bias"),
-    Rule("blocks.*.att.qkv.weight", "h.*.attn.c_attn.weight", transposed=True),
-    Rule("blocks.*.att.qkv.bias", "h.*.attn.c_attn.bias"),
-    Rule("blocks.*.att.out.weight", "h.*.attn.c_proj.weight", transposed=True),
-    Rule("blocks.*.att.out.bias", "h.*.attn.c_proj.bias"),
-    Rule("blocks.*.norm2.weight", "h.*.ln_2.weight"),
-    Rule("blocks.*.norm2.bias", "h.*.ln_2.bias"),
-    Rule("blocks.*.ff.up.weight", "h.*.mlp.c_fc.weight", transposed=True),
-    Rule("blocks.*.ff.up.bias", "h.*.mlp.c_fc.bias"),
-    Rule("blocks.*.ff.down.weight", "h.*.mlp.c_proj.weight", transposed=True),
-    Rule("blocks.*.ff.down.bias", "h.*.mlp.c_proj.bias"),
-    Rule("final_norm.weight", "ln_f.weight"),
-    Rule("final_norm.bias", "ln_f.bias"),
-    Rule("out_head.weight", "lm_head.weight"),
+TABLE = Table(
+    "wte wpe h.*.ln_1 h.*.attn.c_attn h.*.attn.c_proj h.*.ln_2 h.*.mlp.c_fc h.*.mlp.c_proj "
+    "ln_f lm_head",
+    transposed=True,  # Conv1D's
 )
 _MASKS = r"h\.\d+\.attn\.(bias|masked_bias)"  # buffers that old versions of transformers saved
 
@@ -63,14 +48,14 @@ def adopt_tensors(
     if not config.qkv_bias:  # saved as zeros, and trained elsewhere since when they are not
         changes["qkv_bias"] = any(bool(bias.read().any()) for bias in biases)
     config = GPTConfig.from_dict({**config.to_dict(), **changes})
-    return Checkpoint(path, format, config, adopt(RULES, source, config, path, ignore=_MASKS))
+    return Checkpoint(path, format, config, adopt(TABLE, source, config, path, ignore=_MASKS))
 
 
 def config_from_json(raw: Mapping[str, Any], path: Path) -> GPTConfig:
     """The shape that a config.json of transformers describes; refuses what is not GPT-2."""
     if raw.get("model_type", "gpt2") != "gpt2":
         raise DataError(f"{path}: model_type is {raw['model_type']!r}, pygpt reads 'gpt2'")
-    try:
+    with blaming(path):
         config = GPTConfig(
             vocab_size=raw["vocab_size"],
             context_length=raw.get("n_positions") or raw["n_ctx"],
@@ -83,10 +68,6 @@ def config_from_json(raw: Mapping[str, Any], path: Path) -> GPTConfig:
             exact_gelu=raw.get("activation_function") == "gelu",
             init_std=raw.get("initializer_range", 0.02),
         )
-    except KeyError as missing:
-        raise DataError(f"{path}: the key {missing} is missing") from None
-    except (TypeError, ValueError, AttributeError) as error:
-        raise DataError(f"{path}: {error}") from None
     demands = {
         "activation_function": ("gelu_new", "gelu_pytorch_tanh", "gelu"),
         "layer_norm_epsilon": (1e-5,),
@@ -135,7 +116,7 @@ def write(
 ) -> None:
     """Write config.json and model.safetensors; each appears whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
-    theirs = export(RULES, tensors, config)
+    theirs = export(TABLE, tensors, config.n_layers)
     if not config.qkv_bias:  # transformers' GPT-2 always has them
         zeros = torch.zeros(3 * config.emb_dim, dtype=tensors["tok_emb.weight"].dtype)
         for n in range(config.n_layers):

@@ -10,30 +10,10 @@ import torch
 
 from pygpt.config import GPTConfig
 from pygpt.errors import DataError
-from pygpt.weights.layout import Checkpoint, LazyTensor, shapes
+from pygpt.weights.layout import Checkpoint, LazyTensor, Table, blaming, shapes
 
 MAGIC = 20240326
 _HEADER = 1024
-
-# In the order of the file; a name with `*` stands for the parameters of all blocks, one by one.
-ORDER = (
-    "tok_emb.weight",
-    "pos_emb.weight",
-    "blocks.*.norm1.weight",
-    "blocks.*.norm1.bias",
-    "blocks.*.att.qkv.weight",
-    "blocks.*.att.qkv.bias",
-    "blocks.*.att.out.weight",
-    "blocks.*.att.out.bias",
-    "blocks.*.norm2.weight",
-    "blocks.*.norm2.bias",
-    "blocks.*.ff.up.weight",
-    "blocks.*.ff.up.bias",
-    "blocks.*.ff.down.weight",
-    "blocks.*.ff.down.bias",
-    "final_norm.weight",
-    "final_norm.bias",
-)
 
 
 def read(path: Path) -> Checkpoint:
@@ -46,12 +26,10 @@ def read(path: Path) -> Checkpoint:
     if not 1 <= version <= 5:
         raise DataError(f"{path}: unknown version {version} of llm.c's format")
     padded = padded or vocab  # versions 1 and 2 had no padding
-    try:
+    with blaming(path):
         config = GPTConfig(
             vocab, context, width, heads, layers, drop_rate=0.0, qkv_bias=True, tie_weights=True
         )
-    except ValueError as error:
-        raise DataError(f"{path}: damaged header: {error}") from None
     count = (padded + context + 2 + layers * (12 * width + 13)) * width
     size = path.stat().st_size
     # The meaning of a version number has changed over time; the size of the file is plain.
@@ -62,16 +40,12 @@ def read(path: Path) -> Checkpoint:
             f"{_HEADER + 2 * count} (bf16)"
         )
     wanted = shapes(config)
-    names = [
-        name.replace("*", str(block))
-        for name in ORDER
-        for block in range(layers if "*" in name else 1)
-    ]
     data = torch.from_file(str(path), size=size, dtype=torch.uint8)[_HEADER:].view(dtype)
     padding = (padded - vocab) * width
     tensors, start = {}, 0
-    for name in names:
-        size = math.prod(wanted[name])
-        tensors[name] = LazyTensor.of(data[start : start + size].view(wanted[name]))
-        start += size + (padding if name == "tok_emb.weight" else 0)
+    for name, _, _ in Table().names(layers):  # the order of the file
+        if name in wanted:
+            size = math.prod(wanted[name])
+            tensors[name] = LazyTensor.of(data[start : start + size].view(wanted[name]))
+            start += size + (padding if name == "tok_emb.weight" else 0)
     return Checkpoint(path, "llm.c", config, {name: tensors[name] for name in wanted})
