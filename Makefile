@@ -38,7 +38,7 @@ $(VENV)/.constraints: constraints.txt $(VENV)/.torch
 $(VENV)/.installed: $(SOURCES) $(VENV)/.build-tools $(VENV)/.constraints
 	@echo "building pygpt"
 	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip install --quiet \
-	  --disable-pip-version-check --no-build-isolation -c $(VENV)/.constraints -e '.[demo,test,interop]'
+	  --disable-pip-version-check --no-build-isolation -c $(VENV)/.constraints -e '.[demo,test,interop-quick]'
 	@touch $@
 
 demo: $(VENV)/.installed

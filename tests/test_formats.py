@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shutil
@@ -16,9 +17,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pygpt import GPT, GPTConfig, PygptError
+from pygpt import GPT, GPTConfig, PygptError, Tokenizer, generate
 from pygpt.weights import convert, describe
 from pygpt.weights.tensorflow_bundle import crc32c, read_bundle
+from tests.conftest import TEXT
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -523,6 +525,51 @@ def test_gguf_reads_back_what_was_written(
     assert torch.equal(read("position_embd.weight"), state["pos_emb.weight"])
     bias = read("blk.0.attn_qkv.bias")
     assert torch.equal(bias, state["blocks.0.att.qkv.bias"] if qkv_bias else torch.zeros(3 * C))
+
+
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small model that has learned a short text, with its tokenizer."""
+    folder = tmp_path_factory.mktemp("learned")
+    tok = Tokenizer.train([TEXT], 290)
+    ids = torch.tensor(tok.encode(TEXT))
+    torch.manual_seed(0)
+    shape = GPTConfig(290, 128, 64, 4, 2, 0.0, qkv_bias=True, tie_weights=True, init_std=0.08)
+    model = GPT(shape).train()
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+    for step in range(150):
+        at = 17 * step % (len(ids) - 65)
+        loss = model.loss(ids[None, at : at + 64], ids[None, at + 1 : at + 65])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < 1.0
+    model.save_pretrained(folder, tok)
+    return folder
+
+
+# llama.cpp rounds to 16 bits inside, so that f32 differs too; shares of the largest logit.
+@pytest.mark.parametrize(
+    ("dtype", "error"), [("f32", 5e-4), ("f16", 2e-3), ("bf16", 1e-2), ("q8_0", 2e-2)]
+)
+def test_llamacpp_gives_our_tokens(tmp_path: Path, learned: Path, dtype: str, error: float) -> None:
+    llama_cpp = pytest.importorskip("llama_cpp")
+    convert(learned, tmp_path / "model.gguf", dtype=dtype)
+    llama = llama_cpp.Llama(
+        str(tmp_path / "model.gguf"), n_ctx=128, n_threads=1, logits_all=True, verbose=False
+    )
+    model, tok = GPT.from_pretrained(learned), Tokenizer.from_file(learned)
+    prompt = "She carried two wooden buckets, don't fall in: 3 stones\n\n"
+    ids = tok.encode(prompt)
+    assert llama.tokenize(prompt.encode(), add_bos=False) == ids
+    llama.eval(ids)
+    logits = model(torch.tensor([ids]))[0].detach()
+    difference = (torch.tensor(llama.scores[: len(ids)]) - logits).abs().max()
+    assert difference <= error * logits.abs().max()
+    if dtype == "f32":
+        llama.reset()
+        tokens = list(itertools.islice(llama.generate(ids, temp=0.0, repeat_penalty=1.0), 64))
+        assert generate(model, ids, 64, temperature=0.0) == [*ids, *tokens]
 
 
 def test_gguf_refuses_what_llamacpp_would_misread(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from pygpt.config import GPTConfig
 from pygpt.errors import DataError, UsageError
 from pygpt.tokenizer import EOT, Tokenizer
 from pygpt.weights import gguf, hub, huggingface, llmc, openai, pickled
-from pygpt.weights.files import refuse_stand_ins, write_safetensors, write_whole
+from pygpt.weights.files import read_json, refuse_stand_ins, write_safetensors, write_whole
 from pygpt.weights.layout import Checkpoint, LazyTensor
 
 _DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
@@ -68,39 +69,55 @@ def convert(
     is f32, f16 or bf16, and for GGUF also q8_0; by default the folder keeps what the file holds and
     GGUF is f32. `n_heads` and `lora_scale` say what a bare state dict does not (see `pickled`).
     """
-    checkpoint = _load_any(source, revision, n_heads, lora_scale)
-    target = Path(target)
-    known = gguf.TYPES if target.suffix == ".gguf" else _DTYPES
+    checkpoint, target = _load_any(source, revision, n_heads, lora_scale), Path(target)
+    to_gguf = target.suffix == ".gguf"
+    known = gguf.TYPES if to_gguf else _DTYPES
     if dtype is not None and dtype not in known:
         raise UsageError(f"dtype must be one of {', '.join(known)}, got {dtype!r}")
+    if to_gguf and checkpoint.classifier is not None:
+        raise UsageError(f"{source} classifies, which llama.cpp's gpt2 cannot; write a folder")
     folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
-    tokenizer = folder / "tokenizer.json"
-    if target.suffix == ".gguf":
-        kind = dtype or "f32"
-        gguf.write(target, checkpoint, kind, tokenizer if tokenizer.is_file() else None)
-    else:
-        tensors = checkpoint.tensors
-        if dtype is not None:
-            tensors = {name: t.cast(_DTYPES[dtype]) for name, t in tensors.items()}
-        huggingface.write(target, checkpoint.config, tensors)
-        if checkpoint.classifier is not None:
-            write_safetensors(target / "head.safetensors", checkpoint.classifier)
-            labels = [str(n) for n in range(checkpoint.classifier["bias"].numel)]
-            write_whole(target / "labels.json", [json.dumps(labels).encode()])
-        kind = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
-        for name in (tokenizer.name, "tokenizer_config.json"):
-            if (folder / name).is_file() and folder.resolve() != target.resolve():
-                shutil.copyfile(folder / name, target / name)
-        if (folder / "encoder.json").is_file() and not tokenizer.is_file():  # OpenAI's
-            _save_tokenizer(target, Tokenizer.from_file(folder), checkpoint.config)
-            tokenizer = target / tokenizer.name
-    count = sum(tensor.numel for tensor in checkpoint.tensors.values())
-    words = "with its tokenizer" if tokenizer.is_file() else "without a tokenizer"
-    written = "GGUF" if target.suffix == ".gguf" else "Hugging Face"
+    tensors, kind = checkpoint.tensors, dtype or "f32"
+    with tempfile.TemporaryDirectory() as scratch:
+        tokenizer = _tokenizer_beside(folder, Path(scratch), checkpoint.config)
+        if to_gguf:
+            gguf.write(target, checkpoint, kind, tokenizer)
+        else:
+            if dtype is not None:
+                tensors = {name: t.cast(_DTYPES[dtype]) for name, t in tensors.items()}
+            kind = _dtype_names(tensors)
+            beside = folder / huggingface.CONFIG
+            eos_id = read_json(beside).get("eos_token_id") if beside.is_file() else None
+            huggingface.write(target, checkpoint.config, tensors, eos_id=eos_id)
+            if checkpoint.classifier is not None:
+                write_safetensors(target / "head.safetensors", checkpoint.classifier)
+                labels = [str(n) for n in range(checkpoint.classifier["bias"].numel)]
+                write_whole(target / "labels.json", [json.dumps(labels).encode()])
+            for name in ("tokenizer.json", "tokenizer_config.json") if tokenizer else ():
+                found = tokenizer.with_name(name)  # type: ignore[union-attr]
+                if found.is_file() and found.resolve() != (target / name).resolve():
+                    shutil.copyfile(found, target / name)
+    count = sum(tensor.numel for tensor in tensors.values())
     return (
-        f"read {checkpoint.path} ({checkpoint.format}, {count:,} parameters), "
-        f"wrote {target} ({written}, {kind}, {words})"
+        f"read {checkpoint.path} ({checkpoint.format}, {count:,} parameters), wrote {target} "
+        f"({'GGUF' if to_gguf else 'Hugging Face'}, {kind}, "
+        f"{'with its' if tokenizer else 'without a'} tokenizer)"
     )
+
+
+def _tokenizer_beside(folder: Path, scratch: Path, config: GPTConfig) -> Path | None:
+    """A folder's tokenizer.json; made in `scratch` where there is only the vocabulary it needs."""
+    if (folder / "tokenizer.json").is_file():
+        return folder / "tokenizer.json"
+    if not any((folder / name).is_file() for name in ("vocab.json", "encoder.json")):
+        return None
+    _save_tokenizer(scratch, Tokenizer.from_file(folder), config)
+    return scratch / "tokenizer.json"
+
+
+def _dtype_names(tensors: Mapping[str, LazyTensor]) -> str:
+    names = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()})
+    return " and ".join(names)
 
 
 def describe(
@@ -118,18 +135,16 @@ def describe(
     checkpoint = _load_any(source, revision, n_heads, lora_scale)
     config, tensors = checkpoint.config, checkpoint.tensors.values()
     count, size = sum(t.numel for t in tensors), sum(t.numel * t.dtype.itemsize for t in tensors)
-    dtypes = sorted({str(t.dtype).removeprefix("torch.") for t in tensors})
-    width = max(t.dtype.itemsize for t in tensors)
+    cache = 2 * config.n_layers * config.context_length * config.emb_dim
     return {
         "path": str(checkpoint.path),
         "format": checkpoint.format,
         "architecture": "gpt2",
         **config.to_dict(),
         "parameters": count,
-        "dtype": " and ".join(dtypes),
+        "dtype": _dtype_names(checkpoint.tensors),
         "weight_bytes": size,
-        "inference_bytes": size
-        + 2 * config.n_layers * config.context_length * config.emb_dim * width,
+        "inference_bytes": size + cache * max(t.dtype.itemsize for t in tensors),
         "training_bytes": 16 * count,
     }
 

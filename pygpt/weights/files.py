@@ -66,7 +66,7 @@ def read_safetensors(path: Path) -> dict[str, LazyTensor]:
     data = torch.from_file(str(path), size=path.stat().st_size, dtype=torch.uint8)
     start = 8 + int.from_bytes(data[:8].numpy().tobytes(), "little")
     header = json.loads(data[8:start].numpy().tobytes())
-    checksums = header.pop("__metadata__", {}).get("crc32", "").split()
+    checksums = header.pop("__metadata__", {}).get("tensors_crc32", "").split()
     in_order = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
     if len(checksums) not in (0, len(header)):
         raise DataError(f"{path} has {len(checksums)} checksums for {len(header)} tensors")
@@ -100,7 +100,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, LazyTensor]) -> None:
     The header's metadata holds the CRC-32 of each, in the order of the file.
     """
     blank = " ".join(["00000000"] * len(tensors))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt", "crc32": blank}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", "tensors_crc32": blank}}
     end = 0
     for name, tensor in tensors.items():
         start, end = end, end + tensor.numel * tensor.dtype.itemsize

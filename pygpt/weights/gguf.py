@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,6 @@ TABLE = Table(
 TYPES = {"f32": (0, 0, 1, 4), "f16": (1, 1, 1, 2), "q8_0": (8, 7, 32, 34), "bf16": (30, 32, 1, 2)}
 _TORCH = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 _ALIGNMENT = 32
-_UINT32, _INT32, _FLOAT32, _STRING, _ARRAY = 4, 5, 6, 8, 9  # types of metadata values
-
 # tokenizer.ggml.pre of the patterns that llama.cpp knows by name.
 _GPT2_PATTERNS = (
     r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
@@ -49,23 +47,21 @@ def write(path: Path, checkpoint: Checkpoint, kind: str, tokenizer: Path | None)
         name: kind if len(tensor.shape) == 2 and name != "position_embd.weight" else "f32"
         for name, tensor in tensors.items()
     }
-    values: dict[str, tuple[int, Any]] = {
-        "general.architecture": (_STRING, "gpt2"),
-        "general.name": (_STRING, checkpoint.path.stem),
-        "general.file_type": (_UINT32, TYPES[kind][1]),
-        "gpt2.context_length": (_UINT32, config.context_length),
-        "gpt2.embedding_length": (_UINT32, config.emb_dim),
-        "gpt2.feed_forward_length": (_UINT32, 4 * config.emb_dim),
-        "gpt2.block_count": (_UINT32, config.n_layers),
-        "gpt2.attention.head_count": (_UINT32, config.n_heads),
-        "gpt2.attention.layer_norm_epsilon": (_FLOAT32, 1e-5),
+    values: dict[str, Any] = {
+        "general.architecture": "gpt2",
+        "general.name": checkpoint.path.stem,
+        "general.file_type": TYPES[kind][1],
+        "gpt2.context_length": config.context_length,
+        "gpt2.embedding_length": config.emb_dim,
+        "gpt2.feed_forward_length": 4 * config.emb_dim,
+        "gpt2.block_count": config.n_layers,
+        "gpt2.attention.head_count": config.n_heads,
+        "gpt2.attention.layer_norm_epsilon": 1e-5,
+        **({} if tokenizer is None else _tokenizer_values(tokenizer, config.vocab_size)),
     }
-    if tokenizer is not None:
-        values |= _tokenizer_values(tokenizer, config.vocab_size)
-
     header = [b"GGUF", struct.pack("<IQQ", 3, len(tensors), len(values))]
-    for key, (type_, value) in values.items():
-        header += [_string(key), struct.pack("<I", type_), _value(type_, value)]
+    for key, value in values.items():
+        header += [_string(key), _value(value)]
     offset = 0
     for name, tensor in tensors.items():
         ggml_type, _, per_block, size = TYPES[kinds[name]]
@@ -91,14 +87,18 @@ def _string(text: str) -> bytes:
     return struct.pack("<Q", len(data)) + data
 
 
-def _value(type_: int, value: Any) -> bytes:
-    if type_ == _STRING:
-        return _string(value)
-    if type_ == _ARRAY:
-        inner = _STRING if isinstance(value[0], str) else _INT32
-        elements = b"".join(_value(inner, element) for element in value)
-        return struct.pack("<IQ", inner, len(value)) + elements
-    return struct.pack({_UINT32: "<I", _INT32: "<i", _FLOAT32: "<f"}[type_], value)
+def _value(value: Any) -> bytes:
+    """The type of a metadata value, then the value: uint32, float32, string, or an array."""
+    match value:
+        case str():
+            return struct.pack("<I", 8) + _string(value)
+        case float():
+            return struct.pack("<If", 6, value)
+        case [str(), *_]:
+            return struct.pack("<IIQ", 9, 8, len(value)) + b"".join(map(_string, value))
+        case [*_]:
+            return struct.pack(f"<IIQ{len(value)}i", 9, 5, len(value), *value)  # of int32
+    return struct.pack("<II", 4, value)
 
 
 def _data(tensor: LazyTensor, kind: str) -> Iterator[bytes | memoryview]:
@@ -124,7 +124,7 @@ def quantize_q8_0(weights: np.ndarray) -> bytes:
     return packed.tobytes()
 
 
-def _tokenizer_values(path: Path, vocab_size: int) -> Mapping[str, tuple[int, Any]]:
+def _tokenizer_values(path: Path, vocab_size: int) -> dict[str, Any]:
     raw = read_json(path)
     try:
         model, added = raw["model"], raw.get("added_tokens") or []
@@ -142,18 +142,16 @@ def _tokenizer_values(path: Path, vocab_size: int) -> Mapping[str, tuple[int, An
             if number >= vocab_size:
                 raise DataError(f"{path}: id {number} is outside the model's {vocab_size} words")
             tokens[number], types[number] = token, kind
-    values: dict[str, tuple[int, Any]] = {
-        "tokenizer.ggml.model": (_STRING, "gpt2"),
-        "tokenizer.ggml.pre": (_STRING, "gpt-2"),
-        "tokenizer.ggml.tokens": (_ARRAY, tokens),
-        "tokenizer.ggml.token_type": (_ARRAY, types),
-        "tokenizer.ggml.merges": (_ARRAY, merges or [""]),
-    }
     end = specials.get("<|endoftext|>")
-    if end is not None:
-        values["tokenizer.ggml.bos_token_id"] = (_UINT32, end)
-        values["tokenizer.ggml.eos_token_id"] = (_UINT32, end)
-    return values
+    ends = {f"tokenizer.ggml.{which}_token_id": end for which in ("bos", "eos")}
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "gpt-2",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": types,
+        "tokenizer.ggml.merges": merges or [""],
+        **({} if end is None else ends),
+    }
 
 
 def _is_gpt2_pattern(pre_tokenizer: Any) -> bool:

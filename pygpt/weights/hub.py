@@ -64,9 +64,7 @@ def _file(name: str, filename: str, revision: str | None) -> Path | None:
     except (HfHubHTTPError, OSError) as error:
         raise ResourceError(f"{name}: {filename} could not be downloaded: {error}") from error
     blob = path.resolve()
-    if cached is None and re.fullmatch(
-        r"[0-9a-f]{64}", blob.name
-    ):  # the hub names a blob by its hash
+    if cached is None and re.fullmatch("[0-9a-f]{64}", blob.name):  # named by its sha256
         with blob.open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
         if found != blob.name:
