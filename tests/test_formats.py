@@ -175,6 +175,8 @@ def test_the_books_classifier_keeps_its_head(tmp_path: Path) -> None:
     got = F.linear(gpt.hidden(ids), head["weight"], head["bias"])
     torch.testing.assert_close(got, theirs(ids))
     assert json.loads((tmp_path / "out/labels.json").read_text()) == ["0", "1", "2"]
+    with pytest.raises(PygptError, match=r"classifies, which llama\.cpp's gpt2 cannot"):
+        convert(tmp_path / "classifier.pth", tmp_path / "m.gguf", n_heads=H)
 
 
 # --- nanoGPT, minGPT, transformers' pickles ------------------------------------------------------
@@ -616,6 +618,9 @@ def test_convert_says_what_it_did_and_takes_the_tokenizer_along(tmp_path: Path) 
     assert json.loads((tmp_path / "out/tokenizer.json").read_text()) == TOKENIZER
     with pytest.raises(PygptError, match="dtype must be one of f32, f16, bf16, got 'q8_0'"):
         convert(tmp_path / "in", tmp_path / "out", dtype="q8_0")
+    (tmp_path / "file").touch()
+    with pytest.raises(PygptError, match="file is a file; give a folder, or a name that ends in"):
+        convert(tmp_path / "in", tmp_path / "file")
 
 
 def test_describe_tells_size_and_memory(tmp_path: Path) -> None:
@@ -653,5 +658,10 @@ def test_loading_holds_the_weights_once(tmp_path: Path) -> None:
     del model
     before = private()
     loaded = GPT.from_pretrained(tmp_path)
+    assert private() - before <= 2**21  # mapped
+    assert loaded.train().blocks[0].ff.up.weight.isfinite().all()
     assert private() - before <= 1.1 * size + 2**21
-    assert loaded.blocks[0].ff.up.weight.isfinite().all()
+    with torch.no_grad():
+        for p in loaded.parameters():
+            p.mul_(2)
+    assert private() - before <= 1.1 * size + 2**21

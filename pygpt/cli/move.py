@@ -37,7 +37,14 @@ def convert(
     return 0
 
 
-def info(source: Positional[str], /, *, n_heads: int | None = None, json: bool = False) -> int:
+def info(
+    source: Positional[str],
+    /,
+    *,
+    n_heads: int | None = None,
+    lora_scale: float | None = None,
+    json: bool = False,
+) -> int:
     """Describe a checkpoint or a vocabulary.
 
     Example: pygpt info runs/pretrain
@@ -46,14 +53,22 @@ def info(source: Positional[str], /, *, n_heads: int | None = None, json: bool =
         source: A run's or model's folder, a checkpoint file, a tokenizer file, or the name of a
             published vocabulary ("cl100k_base") or of a model on the hub.
         n_heads: Attention heads, where a checkpoint does not say.
+        lora_scale: alpha / rank of a checkpoint with LoRA, where it does not say.
         json: Print one JSON object.
     """
-    facts = _vocabulary(source) if _is_vocabulary(source) else _checkpoint(source, n_heads)
+    if Path(source).name in ("config.json", "hparams.json", "model.safetensors.index.json"):
+        source = str(Path(source).parent)  # what these describe
+    if _is_vocabulary(source):
+        facts = _vocabulary(source)
+    else:
+        facts = weights.describe(_place(source), n_heads=n_heads, lora_scale=lora_scale)
     if json:
         print(json_module.dumps(facts))
     else:
         for name, value in facts.items():
-            print(f"{name.replace('_', ' '):20} {f'{value:,}' if type(value) is int else value}")
+            said = f"{value:,}" if type(value) is int else str(value)
+            size = f" ({value / 1e6:,.1f} MB)" if name.endswith("_bytes") and value > 1e5 else ""
+            print(f"{name.replace('_', ' '):20} {said}{size}")
     return 0
 
 
@@ -79,16 +94,10 @@ def _vocabulary(source: str) -> dict[str, Any]:
     }
 
 
-def _checkpoint(source: str, n_heads: int | None) -> dict[str, Any]:
+def _place(source: str) -> str:
+    """A run's model folder; else the source itself, which is a checkpoint or a name."""
     path = Path(source)
-    place = str(model_folder(path)) if path.is_dir() and not _holds_files(path) else source
-    return weights.describe(place, n_heads=n_heads)
-
-
-def _holds_files(folder: Path) -> bool:
-    """Whether a folder is itself a checkpoint, of whatever format, rather than a run's folder."""
-    return (
-        any(folder.glob("*.safetensors*"))
-        or any(folder.glob("*.bin*"))
-        or bool(list(folder.glob("hparams.json")))
-    )
+    files = ("*.safetensors*", "*.bin*", "hparams.json")
+    if not path.is_dir() or any(next(path.glob(pattern), None) for pattern in files):
+        return source
+    return str(model_folder(path))

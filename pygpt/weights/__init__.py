@@ -20,6 +20,7 @@ from pygpt.weights import gguf, hub, huggingface, llmc, openai, pickled
 from pygpt.weights.files import read_json, refuse_stand_ins, write_safetensors, write_whole
 from pygpt.weights.layout import Checkpoint, LazyTensor
 
+TOKENIZERS = ("tokenizer.json", "vocab.json", "encoder.json")  # one of these is in a folder
 _DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -37,9 +38,13 @@ def load(source: str | os.PathLike[str], *, revision: str | None = None) -> Chec
         inner = path / "model"
         if (inner / huggingface.CONFIG).is_file():
             path = inner
-        if (path / "hparams.json").is_file() and not (path / huggingface.CONFIG).is_file():
+        if (path / huggingface.CONFIG).is_file():
+            return huggingface.read(path)
+        if (path / "hparams.json").is_file():
             return openai.read(path)
-        return huggingface.read(path)
+        raise FileNotFoundError(
+            f"{path} holds no model: neither config.json (Hugging Face) nor hparams.json (OpenAI)"
+        )
     if path.suffix == ".safetensors":
         return huggingface.read(path.parent, path)
     refuse_stand_ins(path)
@@ -74,10 +79,11 @@ def convert(
     known = gguf.TYPES if to_gguf else _DTYPES
     if dtype is not None and dtype not in known:
         raise UsageError(f"dtype must be one of {', '.join(known)}, got {dtype!r}")
+    if target.is_file() and not to_gguf:
+        raise UsageError(f"{target} is a file; give a folder, or a name that ends in .gguf")
     if to_gguf and checkpoint.classifier is not None:
         raise UsageError(f"{source} classifies, which llama.cpp's gpt2 cannot; write a folder")
-    folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
-    tensors, kind = checkpoint.tensors, dtype or "f32"
+    folder, tensors, kind = checkpoint.folder, checkpoint.tensors, dtype or "f32"
     with tempfile.TemporaryDirectory() as scratch:
         tokenizer = _tokenizer_beside(folder, Path(scratch), checkpoint.config)
         if to_gguf:
@@ -109,7 +115,7 @@ def _tokenizer_beside(folder: Path, scratch: Path, config: GPTConfig) -> Path | 
     """A folder's tokenizer.json; made in `scratch` where there is only the vocabulary it needs."""
     if (folder / "tokenizer.json").is_file():
         return folder / "tokenizer.json"
-    if not any((folder / name).is_file() for name in ("vocab.json", "encoder.json")):
+    if not any((folder / name).is_file() for name in TOKENIZERS):
         return None
     _save_tokenizer(scratch, Tokenizer.from_file(folder), config)
     return scratch / "tokenizer.json"
@@ -143,6 +149,7 @@ def describe(
         **config.to_dict(),
         "parameters": count,
         "dtype": _dtype_names(checkpoint.tensors),
+        "tokenizer": any((checkpoint.folder / name).is_file() for name in TOKENIZERS),
         "weight_bytes": size,
         "inference_bytes": size + cache * max(t.dtype.itemsize for t in tensors),
         "training_bytes": 16 * count,

@@ -6,6 +6,7 @@ import hashlib
 import re
 from pathlib import Path
 
+from pygpt.config import GPT2_SIZES
 from pygpt.errors import DataError, ResourceError
 from pygpt.weights.files import read_json
 from pygpt.weights.huggingface import CONFIG, INDEX, WEIGHTS
@@ -18,8 +19,9 @@ def download(name: str, revision: str | None = None) -> Path:
     FileNotFoundError for a name that is neither a path nor on the hub, ResourceError when the hub
     cannot be reached.
     """
-    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
-        raise FileNotFoundError(f"{name} does not exist")
+    named = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) and not Path(name).parent.is_dir()
+    if not named and name not in (*GPT2_SIZES, "distilgpt2"):
+        raise FileNotFoundError(f"{name} does not exist; models on the hub are owner/name or gpt2")
     config = _file(name, CONFIG, revision)
     if config is None:
         raise DataError(f"{name} on the hub has no {CONFIG}")

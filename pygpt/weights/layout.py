@@ -107,6 +107,11 @@ class Checkpoint:
     tensors: Mapping[str, LazyTensor]
     classifier: Mapping[str, LazyTensor] | None = None
 
+    @property
+    def folder(self) -> Path:
+        """Where the configuration and tokenizer lie."""
+        return self.path if self.path.is_dir() else self.path.parent
+
     def load(
         self, dtype: torch.dtype | None = None, device: torch.device | str | None = None
     ) -> dict[str, Tensor]:
