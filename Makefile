@@ -4,12 +4,13 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 SOURCES := $(shell find csrc -type f) CMakeLists.txt pyproject.toml
 
-.PHONY: help demo test lint bench lines sanitize soak cuda-check gpu-check clean
+.PHONY: help demo test lint bench profile lines sanitize soak cuda-check gpu-check clean
 
 help:
 	@echo "make demo        the main job: a GPT trained, fine-tuned and talking, in about 3 minutes"
 	@echo "make test        linters, type checker and tests"
 	@echo "make bench       speed against torch, tiktoken and plain PyTorch, in one run"
+	@echo "make profile     where each millisecond of a training step goes, beside the machine's ceilings"
 	@echo "make sanitize    the native code's tests under address and undefined-behaviour sanitizers"
 	@echo "make soak        the long randomised hunts"
 	@echo "make cuda-check  compile the CUDA sources for all architectures (needs nvcc, no GPU)"
@@ -59,6 +60,10 @@ BENCH ?= attention sampling cross_entropy linear tokenizer train_step
 bench: $(VENV)/.installed
 	@set -e; for name in $(BENCH); do \
 	  echo "== $$name"; $(BIN)/python benchmarks/bench_$$name.py; done
+
+# PROFILE chooses: make profile PROFILE='--shape "gpt2 124M" --dtype bf16'
+profile: $(VENV)/.installed
+	@$(BIN)/python benchmarks/profile_step.py $(PROFILE)
 
 # SOAK times as many random cases as make test, then the fuzz targets.
 SOAK ?= 50

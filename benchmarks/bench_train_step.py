@@ -1,26 +1,33 @@
 """A training step of pygpt.GPT against the plain PyTorch GPT that everybody writes.
 
-Both start from the same weights; loss and gradients are compared first. Plain: nn.Linear, scaled
-dot product attention, F.cross_entropy on all logits, AdamW as it comes. --compile adds
-torch.compile of the plain model; --shape picks one.
+Loss and gradients from the same weights are compared first. Then each side is a process of its own,
+and they take steps in turns. Plain: nn.Linear, scaled dot product attention, F.cross_entropy on all
+logits, AdamW as it comes. --compile adds torch.compile of it; --shape picks one. The last column is
+the peak resident memory beyond weights, gradients, optimiser state and what Python and torch take.
 """
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
+import statistics
+import time
+from pathlib import Path
 
 import torch
-from timing import interleaved, machine, row
+from timing import machine, row
 from torch import nn
 from torch.nn import functional as F
 
 import pygpt
+from pygpt import training
 
 SHAPES = {  # (config, batch, tokens)
     "0.8M characters": ((65, 64, 128, 4, 4), 12, 64),
     "1M demo": ((1024, 128, 128, 4, 5), 16, 128),
     "14M": ((8192, 256, 384, 6, 6), 16, 256),
     "gpt2 124M": ((50257, 1024, 768, 12, 12), 4, 256),
+    "gpt2 124M, long": ((50257, 1024, 768, 12, 12), 2, 1024),
 }
 
 
@@ -97,48 +104,83 @@ def stepper(model, loss, optimizer, ids, targets, bf16):
     return step
 
 
+def worker(side, shape, bf16, pipe):
+    """One side in a process of its own, as a user runs it: a step for every message."""
+    config, batch, tokens = SHAPES[shape]
+    torch.manual_seed(0)
+    before = memory("VmRSS")
+    if side == "pygpt":
+        training.keep_freed_memory()
+        model = pygpt.GPT(pygpt.GPTConfig(*config, 0.0, True, True))
+        optimizer, loss = torch.optim.AdamW(model.parameters(), 1e-4, fused=True), model.loss
+    else:
+        model = PlainGPT(*config)
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-4)
+        loss = torch.compile(model) if side == "compiled" else model
+    ids, targets = torch.randint(0, config[0], (2, batch, tokens)).unbind()
+    step = stepper(model, loss, optimizer, ids, targets, bf16)
+    step()
+    step()
+    pipe.send("ready")
+    while pipe.recv():
+        begin = time.perf_counter()
+        step()
+        pipe.send(time.perf_counter() - begin)
+    state = 16 * sum(p.numel() for p in model.parameters())  # weight, gradient, two moments
+    pipe.send(memory("VmHWM") - before - state)
+
+
+def memory(kind):
+    """Bytes of resident memory now (VmRSS) or at most so far (VmHWM)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(x.split()[1]) for x in lines if x.startswith(kind))
+
+
+def timed(sides, shape, bf16, seconds):
+    """Median seconds of a step of each side, in turns, and its bytes beyond the state."""
+    context = multiprocessing.get_context("spawn")
+    pipes, processes = [], []
+    for side in sides:
+        ours, theirs = context.Pipe()
+        processes.append(context.Process(target=worker, args=(side, shape, bf16, theirs)))
+        processes[-1].start()
+        pipes.append(ours)
+        assert ours.recv() == "ready"
+    times = [[] for _ in sides]
+    while len(times[0]) < 4 or sum(map(sum, times)) < seconds * len(sides):
+        for pipe, record in zip(pipes, times, strict=True):
+            pipe.send(True)
+            record.append(pipe.recv())
+    beyond = []
+    for pipe, process in zip(pipes, processes, strict=True):
+        pipe.send(False)
+        beyond.append(pipe.recv())
+        process.join()
+    return [statistics.median(record) for record in times], beyond
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shape", choices=SHAPES, action="append")
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), action="append")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--seconds", type=float, default=4.0, help="for each side of each line")
     options = parser.parse_args()
     print(machine())
-    widths = (28, 12, 12, 8, 12, 8)
-    head = ["tokens a second", "pygpt", "plain", "ratio"]
-    row([*head, "compiled", "ratio"] if options.compile else [*head, "", ""], widths)
+    sides = ["pygpt", "plain", *(["compiled"] if options.compile else [])]
+    widths = (28, *([12] * len(sides)), *([8] * (len(sides) - 1)), 16)
+    ratios = [f"/ {side}" for side in sides[1:]]
+    row(("tokens a second", *sides, *ratios, "MB beyond state"), widths)
     for name in options.shape or SHAPES:
         config, batch, tokens = SHAPES[name]
-        for bf16 in (False, True):
-            ours, plain = twins(*config)
-            ids = torch.randint(0, config[0], (batch, tokens))
-            targets = torch.randint(0, config[0], (batch, tokens))
-            check_equal(ours, plain, ids, targets, bf16)
-            sides = [
-                stepper(
-                    ours,
-                    ours.loss,
-                    torch.optim.AdamW(ours.parameters(), 1e-4, fused=True),
-                    ids,
-                    targets,
-                    bf16,
-                ),
-                stepper(
-                    plain, plain, torch.optim.AdamW(plain.parameters(), 1e-4), ids, targets, bf16
-                ),
-            ]
-            if options.compile:
-                compiled = torch.compile(plain)
-                optimizer = torch.optim.AdamW(plain.parameters(), 1e-4)
-                sides.append(stepper(plain, compiled, optimizer, ids, targets, bf16))
-            times = interleaved(sides, options.seconds)
-            rates = [batch * tokens / time for time in times]
-            cells = [f"{name}, {'bf16' if bf16 else 'fp32'}", *(f"{x:,.0f}" for x in rates[:2])]
-            cells.append(f"{rates[0] / rates[1]:.2f}")
-            cells += (
-                [f"{rates[2]:,.0f}", f"{rates[0] / rates[2]:.2f}"] if options.compile else ["", ""]
-            )
-            row(cells, widths)
+        ids, targets = torch.randint(0, config[0], (2, batch, tokens)).unbind()
+        for dtype in options.dtype or ("fp32", "bf16"):
+            check_equal(*twins(*config), ids, targets, dtype == "bf16")
+            times, beyond = timed(sides, name, dtype == "bf16", options.seconds)
+            rates = [f"{batch * tokens / time:,.0f}" for time in times]
+            against = [f"{time / times[0]:.2f}" for time in times[1:]]
+            megabytes = " / ".join(f"{x / 1e6:.0f}" for x in beyond)
+            row((f"{name}, {dtype}", *rates, *against, megabytes), widths)
 
 
 if __name__ == "__main__":
