@@ -29,6 +29,7 @@ class Ids {
   ~Ids() { std::free(data_); }
 
   void reserve(size_t extra);  // room for so many more
+  size_t room() const { return capacity_ - size_; }
   void push(uint32_t id) {
     reserve(1);
     data_[size_++] = id;
@@ -77,7 +78,7 @@ struct DisallowedSpecial : std::runtime_error {
   using std::runtime_error::runtime_error;  // what() is the token
 };
 
-class Workspace;
+class PieceCache;
 
 class Bpe {
  public:
@@ -109,7 +110,7 @@ class Bpe {
   Vocabulary vocabulary_;
   std::optional<Pattern> pattern_;
   Specials specials_;
-  mutable std::array<std::atomic<Workspace*>, 16> idle_{};
+  mutable std::array<std::atomic<PieceCache*>, 16> idle_{};
 };
 
 // Largest position in text at which it may be cut without changing any piece: a blank after a

@@ -1,6 +1,6 @@
 #include "bpe/merge.h"
 
-#include <bit>
+#include <algorithm>
 #include <queue>
 
 namespace pygpt {
@@ -10,29 +10,40 @@ constexpr size_t kShort = 128;
 
 }  // namespace
 
-MergeRules::MergeRules(size_t expected_rules) : byte_pairs_(65536, kNone) {
-  const size_t slots = std::bit_ceil(expected_rules * 2 + 16);
-  pairs_.assign(slots, kEmpty);
-  mask_ = slots - 1;
-  shift_ = 64 - std::countr_zero(slots);
-}
+MergeRules::MergeRules(size_t expected_rules)
+    : byte_pairs_(65536, kNone), pairs_(expected_rules / 2 + 4) {}
 
 bool MergeRules::add(uint32_t left, uint32_t right, uint32_t rank, uint32_t result) {
-  if (results_.size() <= rank) results_.resize(rank + 1);
-  results_[rank] = result;
   if (left < 256 && right < 256) {
     uint32_t& entry = byte_pairs_[left << 8 | right];
     if (entry != kNone) return false;
     entry = rank;
-    return true;
+  } else {
+    if (rank_of_pair(left, right) != kNone) return false;
+    const uint64_t hash = key_of(left, right) * kFactor;
+    const Slots* slots = &pairs_[bucket(hash)];
+    while (slots->rank[3] != kEmpty) slots = after(slots);
+    Four& ranks = pairs_[slots - pairs_.data()].rank;
+    int free = 0;
+    while (ranks[free] != kEmpty) ++free;
+    ranks[free] = tagged(hash, rank);
   }
-  const uint64_t key = uint64_t{left} << 21 | right;
-  size_t i = slot(key);
-  for (; pairs_[i] != kEmpty; i = (i + 1) & mask_) {
-    if (pairs_[i] >> 21 == key) return false;
+  if (parts_.size() <= rank) {
+    parts_.resize(rank + 1, key_of(kNone, kNone));
+    results_.resize(rank + 1);
   }
-  pairs_[i] = key << 21 | rank;
+  parts_[rank] = key_of(left, right);
+  results_[rank] = result;
+  in_order_ = in_order_ && result == 256 + rank;
   return true;
+}
+
+std::vector<std::pair<uint32_t, uint32_t>> MergeRules::pairs() const {
+  std::vector<std::pair<uint32_t, uint32_t>> pairs;
+  for (const uint64_t key : parts_) {
+    pairs.emplace_back(static_cast<uint32_t>(key >> 32), static_cast<uint32_t>(key));
+  }
+  return pairs;
 }
 
 size_t MergeRules::merge(const uint8_t* bytes, size_t size, uint32_t* out) const {
@@ -41,37 +52,38 @@ size_t MergeRules::merge(const uint8_t* bytes, size_t size, uint32_t* out) const
 }
 
 size_t MergeRules::merge_short(const uint8_t* bytes, size_t size, uint32_t* out) const {
-  // best[i] = rank << 8 | i for the pair that begins at byte i, so that the minimum names the pair
-  // and ties go to the left; positions never move, absorbed ones become kNoPair.
-  constexpr uint32_t kNoPair = ~0u;
-  uint32_t symbol[kShort], best[kShort];
+  // best[i] = rank << 32 | i for the pair that begins at byte i, so that the minimum names the pair
+  // and ties go to the left; positions never move, absorbed ones become kNoPair. Of 64 bits, so
+  // that no compiler reads several of these fresh stores in one vector, which would wait for all of
+  // them.
+  constexpr uint64_t kNoPair = ~uint64_t{0};
+  uint32_t symbol[kShort];
+  uint64_t best[kShort];
   uint8_t next[kShort + 1], previous[kShort + 1];
+  const auto pair = [](uint32_t rank, size_t i) {
+    return rank == kNone ? kNoPair : uint64_t{rank} << 32 | i;
+  };
   for (size_t i = 0; i < size; ++i) {
     symbol[i] = bytes[i];
     next[i] = static_cast<uint8_t>(i + 1);
     previous[i + 1] = static_cast<uint8_t>(i);
-    const uint32_t rank = i + 1 < size ? rank_of_bytes(bytes[i], bytes[i + 1]) : kNone;
-    best[i] = rank == kNone ? kNoPair : rank << 8 | static_cast<uint32_t>(i);
+    best[i] = pair(i + 1 < size ? rank_of_bytes(bytes[i], bytes[i + 1]) : kNone, i);
   }
-  const auto update = [&](uint32_t i, uint32_t j) {
-    const uint32_t rank = rank_of_pair(symbol[i], symbol[j]);
-    best[i] = rank == kNone ? kNoPair : rank << 8 | i;
-  };
   for (;;) {
-    uint32_t lowest = kNoPair;
-    for (size_t i = 0; i < size; ++i) lowest = best[i] < lowest ? best[i] : lowest;
+    uint64_t even = kNoPair, odd = kNoPair;
+    for (size_t i = 0; i + 1 < size; i += 2) {
+      even = std::min(even, best[i]);
+      odd = std::min(odd, best[i + 1]);
+    }
+    const uint64_t lowest = std::min(even, odd);
     if (lowest == kNoPair) break;
-    const uint32_t i = lowest & 255, absorbed = next[i], after = next[absorbed];
-    symbol[i] = result(lowest >> 8);
+    const size_t i = lowest & 0xFFFFFFFF, absorbed = next[i], after = next[absorbed];
+    symbol[i] = result(static_cast<uint32_t>(lowest >> 32));
     best[absorbed] = kNoPair;
     next[i] = static_cast<uint8_t>(after);
     previous[after] = static_cast<uint8_t>(i);
-    if (after < size) {
-      update(i, after);
-    } else {
-      best[i] = kNoPair;
-    }
-    if (i > 0) update(previous[i], i);
+    best[i] = pair(after < size ? rank_of_pair(symbol[i], symbol[after]) : kNone, i);
+    if (i > 0) best[previous[i]] = pair(rank_of_pair(symbol[previous[i]], symbol[i]), previous[i]);
   }
   size_t count = 0;
   for (size_t i = 0; i < size; i = next[i]) out[count++] = symbol[i];
@@ -84,38 +96,39 @@ size_t MergeRules::merge_long(const uint8_t* bytes, size_t size, uint32_t* out) 
     size_t at;
     bool operator>(const Candidate& b) const { return rank != b.rank ? rank > b.rank : at > b.at; }
   };
-  // rank[i] is the current rank of the pair that begins at byte i; a candidate whose rank differs
-  // is out of date.
-  std::vector<uint32_t> symbol(bytes, bytes + size), rank(size, kNone);
-  std::vector<size_t> next(size), previous(size + 1);
+  // Its rank is that of the pair that begins here; a candidate whose rank differs is out of date.
+  struct Node {
+    uint32_t symbol, rank;
+    size_t next, previous;
+  };
+  std::vector<Node> nodes(size + 1);
   std::vector<Candidate> initial;
   for (size_t i = 0; i < size; ++i) {
-    next[i] = i + 1;
-    previous[i + 1] = i;
-    if (i + 1 < size) rank[i] = rank_of_bytes(bytes[i], bytes[i + 1]);
-    if (rank[i] != kNone) initial.push_back({rank[i], i});
+    const uint32_t rank = i + 1 < size ? rank_of_bytes(bytes[i], bytes[i + 1]) : kNone;
+    nodes[i] = {bytes[i], rank, i + 1, i - 1};
+    if (rank != kNone) initial.push_back({rank, i});
   }
   std::priority_queue<Candidate, std::vector<Candidate>, std::greater<>> queue(std::greater<>{},
                                                                                std::move(initial));
   const auto update = [&](size_t i, size_t j) {
-    rank[i] = j < size ? rank_of_pair(symbol[i], symbol[j]) : kNone;
-    if (rank[i] != kNone) queue.push({rank[i], i});
+    nodes[i].rank = j < size ? rank_of_pair(nodes[i].symbol, nodes[j].symbol) : kNone;
+    if (nodes[i].rank != kNone) queue.push({nodes[i].rank, i});
   };
   while (!queue.empty()) {
     const Candidate top = queue.top();
     queue.pop();
     const size_t i = top.at;
-    if (rank[i] != top.rank) continue;
-    const size_t absorbed = next[i], after = next[absorbed];
-    symbol[i] = result(top.rank);
-    rank[absorbed] = kNone;
-    next[i] = after;
-    previous[after] = i;
+    if (nodes[i].rank != top.rank) continue;
+    const size_t absorbed = nodes[i].next, after = nodes[absorbed].next;
+    nodes[i].symbol = result(top.rank);
+    nodes[absorbed].rank = kNone;
+    nodes[i].next = after;
+    nodes[after].previous = i;
     update(i, after);
-    if (i > 0) update(previous[i], i);
+    if (i > 0) update(nodes[i].previous, i);
   }
   size_t count = 0;
-  for (size_t i = 0; i < size; i = next[i]) out[count++] = symbol[i];
+  for (size_t i = 0; i < size; i = nodes[i].next) out[count++] = nodes[i].symbol;
   return count;
 }
 

@@ -1,8 +1,10 @@
 // Byte-pair merging: lowest rank first, leftmost first.
 #pragma once
 
+#include <bit>
 #include <cstddef>
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 namespace pygpt {
@@ -22,29 +24,55 @@ class MergeRules {
   }
   // At least one of the two is no byte.
   uint32_t rank_of_pair(uint32_t left, uint32_t right) const {
-    const uint64_t key = uint64_t{left} << 21 | right;
-    for (size_t i = slot(key);; i = (i + 1) & mask_) {
-      if (pairs_[i] >> 21 == key) return static_cast<uint32_t>(pairs_[i] & kNone);
-      if (pairs_[i] == kEmpty) return kNone;
+    const uint64_t key = key_of(left, right), hash = key * kFactor;
+    const uint32_t tag = tagged(hash, 0);
+    // Four slots at once: how many one must look at cannot be foretold.
+    for (const Slots* slots = &pairs_[bucket(hash)];; slots = after(slots)) {
+      const auto equal = reinterpret_cast<Halves>((slots->rank >> kRankBits) == tag >> kRankBits);
+      if (equal[0] | equal[1]) {
+        for (int i = 0; i < 4; ++i) {
+          const uint32_t rank = slots->rank[i] & kNone;
+          if (rank < parts_.size() && parts_[rank] == key) return rank;
+        }
+      }
+      if (slots->rank[3] == kEmpty) [[likely]]
+        return kNone;
     }
   }
-  uint32_t result(uint32_t rank) const { return results_[rank]; }
+  uint32_t result(uint32_t rank) const { return in_order_ ? 256 + rank : results_[rank]; }
+
+  // The pairs of symbols by rank; kNone twice where a rank has no rule.
+  std::vector<std::pair<uint32_t, uint32_t>> pairs() const;
 
   // Merges `size` bytes into symbols; `out` has room for `size`. Returns how many came out.
   // Time is O(size log size); short inputs take a quadratic loop that is faster for them.
   size_t merge(const uint8_t* bytes, size_t size, uint32_t* out) const;
 
  private:
-  static constexpr uint64_t kEmpty = ~uint64_t{0};
-  size_t slot(uint64_t key) const { return key * 0x9E3779B97F4A7C15u >> shift_; }
+  static constexpr uint64_t kFactor = 0x9E3779B97F4A7C15u;
+  static constexpr uint32_t kEmpty = ~0u;
+  static constexpr int kRankBits = 21;
+  static uint64_t key_of(uint32_t left, uint32_t right) { return uint64_t{left} << 32 | right; }
+  using Four = uint32_t __attribute__((vector_size(16)));
+  using Halves = uint64_t __attribute__((vector_size(16)));
+  struct Slots {  // filled from the first
+    Four rank = {kEmpty, kEmpty, kEmpty, kEmpty};
+  };
+  size_t bucket(uint64_t hash) const { return (hash >> 32) * pairs_.size() >> 32; }
+  const Slots* after(const Slots* slots) const {
+    return slots == &pairs_.back() ? pairs_.data() : slots + 1;
+  }
+  static uint32_t tagged(uint64_t hash, uint32_t rank) {
+    return static_cast<uint32_t>(hash) >> kRankBits << kRankBits | rank;
+  }
   size_t merge_short(const uint8_t* bytes, size_t size, uint32_t* out) const;
   size_t merge_long(const uint8_t* bytes, size_t size, uint32_t* out) const;
 
   std::vector<uint32_t> byte_pairs_;  // rank, or kNone, of each pair of bytes
-  std::vector<uint64_t> pairs_;       // open addressing: left << 42 | right << 21 | rank
+  std::vector<Slots> pairs_;          // open addressing: some bits of the hash, and the rank
+  std::vector<uint64_t> parts_;       // rank -> key of its pair
   std::vector<uint32_t> results_;     // rank -> symbol
-  size_t mask_;
-  int shift_;
+  bool in_order_ = true;              // rank r makes symbol 256 + r
 };
 
 }  // namespace pygpt

@@ -59,13 +59,13 @@ ShortKey short_key(const uint8_t* bytes, size_t size) {
 
 uint64_t hash_bytes(const uint8_t* bytes, size_t size) {
   if (size <= kShortKey) return hash_of(short_key(bytes, size));
-  uint64_t hash = size;
-  for (size_t i = 0; i < size; i += 8) {
-    uint64_t word = 0;
-    std::memcpy(&word, bytes + i, std::min<size_t>(8, size - i));
-    hash = std::rotl((hash ^ word) * 0x9E3779B97F4A7C15u, 29);
+  ShortKey words{size, 0};
+  for (size_t i = 0; i + 8 < size; i += 8) {
+    std::memcpy(&words.high, bytes + i, 8);
+    words.low ^= hash_of(words);
   }
-  return hash * 0xC2B2AE3D27D4EB4Fu;
+  std::memcpy(&words.high, bytes + size - 8, 8);
+  return hash_of(words);
 }
 
 void Vocabulary::store(const Token& token) {
@@ -133,18 +133,17 @@ void Vocabulary::number_symbols(const std::vector<Token>& tokens) {
 }
 
 void Vocabulary::index_whole(const std::vector<Token>& tokens, const std::vector<bool>& allowed) {
-  const size_t slots = std::bit_ceil(tokens.size() * 2);
-  whole_.assign(slots, kNoToken);
-  whole_shift_ = 64 - std::countr_zero(slots);
+  whole_.assign(tokens.size() * 5 / 3 + 16, kEmpty);
   for (size_t t = 0; t < tokens.size(); ++t) {
     const std::string& key = tokens[t].bytes;
-    size_t i = hash_bytes(data_of(key), key.size()) >> whole_shift_;
-    for (; whole_[i] != kNoToken; i = (i + 1) & (slots - 1)) {
-      if (bytes(whole_[i]) == key) {
-        throw std::invalid_argument("token " + printable(key) + " is given twice");
-      }
+    const uint64_t hash = hash_bytes(data_of(key), key.size());
+    if (whole(data_of(key), key.size(), hash) != kNoToken) {
+      throw std::invalid_argument("token " + printable(key) + " is given twice");
     }
-    if (allowed[t]) whole_[i] = tokens[t].id;
+    if (!allowed[t]) continue;
+    size_t i = whole_slot(hash);
+    while (whole_[i] != kEmpty) i = after_slot(i);
+    whole_[i] = hash >> kIdBits << kIdBits | tokens[t].id;
   }
 }
 
@@ -173,14 +172,14 @@ void Vocabulary::index_joints(const std::vector<Token>& tokens) {
   }
 }
 
-uint32_t Vocabulary::whole(const uint8_t* piece, size_t size) const {
-  const size_t mask = whole_.size() - 1;
-  for (size_t i = hash_bytes(piece, size) >> whole_shift_;; i = (i + 1) & mask) {
-    const uint32_t id = whole_[i];
-    if (id == kNoToken) return kNoToken;
+uint32_t Vocabulary::whole(const uint8_t* piece, size_t size, uint64_t hash) const {
+  for (size_t i = whole_slot(hash); whole_[i] != kEmpty; i = after_slot(i)) {
+    if ((whole_[i] ^ hash) >> kIdBits) continue;
+    const auto id = static_cast<uint32_t>(whole_[i] & kMaxId);
     const std::string_view token = bytes(id);
     if (token.size() == size && std::memcmp(token.data(), piece, size) == 0) return id;
   }
+  return kNoToken;
 }
 
 // While a token forms inside a text, the merges within its span are those of its bytes alone, in
@@ -204,7 +203,6 @@ Vocabulary::Vocabulary(std::vector<Token> tokens) : rules_(tokens.size()) {
   std::stable_sort(order.begin(), order.end(), [&](uint32_t a, uint32_t b) {
     return tokens[a].bytes.size() < tokens[b].bytes.size();
   });
-  merges_.assign(order.size(), {MergeRules::kNone, MergeRules::kNone});
   std::vector<uint32_t> symbols(longest);
   for (const uint32_t t : order) {
     const std::string& bytes = tokens[t].bytes;
@@ -213,7 +211,6 @@ Vocabulary::Vocabulary(std::vector<Token> tokens) : rules_(tokens.size()) {
       continue;
     }
     rules_.add(symbols[0], symbols[1], rank[t], 256 + rank[t]);
-    merges_[rank[t]] = {symbols[0], symbols[1]};
   }
   index_whole(tokens, std::vector<bool>(tokens.size(), true));
   index_joints(tokens);
@@ -237,7 +234,6 @@ Vocabulary::Vocabulary(std::vector<Token> tokens,
     if (id == kNoToken) {
       throw std::invalid_argument(where + printable(joined) + " is not a token");
     }
-    merges_.emplace_back(symbol_of[left], symbol_of[right]);
     if (!rules_.add(symbol_of[left], symbol_of[right], rank, symbol_of[id])) {
       throw std::invalid_argument(where + printable(bytes(left)) + " and " +
                                   printable(bytes(right)) + " are merged twice");
@@ -267,7 +263,7 @@ size_t Vocabulary::merge(const uint8_t* piece, size_t size, uint32_t* out) const
 
 std::vector<std::pair<uint32_t, uint32_t>> Vocabulary::merges() const {
   std::vector<std::pair<uint32_t, uint32_t>> pairs;
-  for (const auto& [left, right] : merges_) {
+  for (const auto& [left, right] : rules_.pairs()) {
     if (left != MergeRules::kNone) pairs.emplace_back(symbol_id_[left], symbol_id_[right]);
   }
   return pairs;

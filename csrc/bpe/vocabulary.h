@@ -23,7 +23,9 @@ struct ShortKey {
   bool operator==(const ShortKey&) const = default;
 };
 inline uint64_t hash_of(ShortKey key) {
-  return key.low * 0x9E3779B97F4A7C15u + key.high * 0xC2B2AE3D27D4EB4Fu;
+  const auto product = static_cast<unsigned __int128>(key.low ^ 0x9E3779B97F4A7C15u) *
+                       (key.high ^ 0xC2B2AE3D27D4EB4Fu);
+  return static_cast<uint64_t>(product) ^ static_cast<uint64_t>(product >> 64);
 }
 ShortKey short_key(const uint8_t* bytes, size_t size);  // size <= kShortKey
 constexpr size_t kShortKey = 15;
@@ -51,7 +53,11 @@ class Vocabulary {
   std::string_view bytes(uint32_t id) const;  // of an id that it has
 
   // Id of the token that may stand for this whole piece, or kNoToken.
-  uint32_t whole(const uint8_t* piece, size_t size) const;
+  uint32_t whole(const uint8_t* piece, size_t size) const {
+    return whole(piece, size, hash_bytes(piece, size));
+  }
+  uint32_t whole(const uint8_t* piece, size_t size, uint64_t hash) const;
+  void prefetch(uint64_t hash) const { __builtin_prefetch(&whole_[whole_slot(hash)]); }
 
   // Ids of a piece by merging alone; `out` has room for `size`.
   size_t merge(const uint8_t* piece, size_t size, uint32_t* out) const;
@@ -87,16 +93,20 @@ class Vocabulary {
   void index_whole(const std::vector<Token>& tokens, const std::vector<bool>& allowed);
 
   void index_joints(const std::vector<Token>& tokens);
+  static constexpr int kIdBits = 24;
+  static constexpr uint64_t kEmpty = ~uint64_t{0};
+  size_t whole_slot(uint64_t hash) const { return (hash >> 32) * whole_.size() >> 32; }
+  size_t after_slot(size_t i) const { return i + 1 == whole_.size() ? 0 : i + 1; }
+
   static constexpr int kJointBits = 20;
   static uint32_t joint(uint32_t around) { return around * 0x9E3779B1u >> (32 - kJointBits); }
 
   MergeRules rules_;
   std::vector<Entry> entries_;  // by id
   std::string long_bytes_;
-  std::vector<uint32_t> symbol_id_;                    // symbol -> id
-  std::vector<std::pair<uint32_t, uint32_t>> merges_;  // by rank, symbols
-  std::vector<uint32_t> whole_;                        // open addressing: id or kNoToken
-  int whole_shift_ = 0;
+  std::vector<uint32_t> symbol_id_;  // symbol -> id
+  std::vector<uint64_t>
+      whole_;  // open addressing: upper bits of the hash, id in kIdBits; or kEmpty
   bool all_reachable_ = true;
   bool cuts_pieces_ = true;
   // Hashes of two bytes before and two after every place in a token where a character of several
