@@ -1,8 +1,5 @@
 #include "cpu/attention_tiles.h"
 
-#include <cstdlib>
-#include <new>
-
 namespace pygpt::PYGPT_ISA_NAMESPACE {
 namespace {
 
@@ -55,8 +52,8 @@ void tile(Words a, const float* b, int64_t b_row, int64_t k, bool add, float* c,
 
 // Calls the tile of `rows` rows in parts of kRows, 8, 4, 2 and 1, for few instantiations.
 template <bool kPairs, int kRows, int kVecs>
-PYGPT_INLINE void tile_rows(int rows, Words a, const float* b, int64_t b_row, int64_t k, bool add,
-                            float* c, int64_t c_row) {
+void tile_rows(int rows, Words a, const float* b, int64_t b_row, int64_t k, bool add, float* c,
+               int64_t c_row) {
   const auto advance = [&](int done) {
     rows -= done;
     a.data += done * a.row;
@@ -71,6 +68,13 @@ PYGPT_INLINE void tile_rows(int rows, Words a, const float* b, int64_t b_row, in
   }
   if (rows & 2) tile<kPairs, 2, kVecs>(a, b, b_row, k, add, c, c_row), advance(2);
   if (rows & 1) tile<kPairs, 1, kVecs>(a, b, b_row, k, add, c, c_row);
+}
+
+// Rows of a head stand far apart, which no hardware prefetcher follows.
+constexpr int64_t kAhead = 8;
+PYGPT_INLINE void prefetch_row(DType dtype, const char* row, int64_t dim) {
+  const int64_t bytes = dim * (dtype == DType::kFloat32 ? 4 : 2);
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(row + i);
 }
 
 PYGPT_INLINE void store_as(DType dtype, char* p, int64_t index, F32 x) {
@@ -89,12 +93,19 @@ PYGPT_INLINE void store_tail(DType dtype, char* p, int64_t index, int64_t count,
 }  // namespace
 
 template <bool kPairs>
-void score_tile(int rows, Words a, const float* b, int64_t k, float* c, int64_t c_row) {
+void score_tile(int rows, int vecs, Words a, const float* b, int64_t k, float* c, int64_t c_row) {
   constexpr int64_t kStep = 128;  // longer sums in one register lose accuracy against torch's
   for (int64_t done = 0; done < k; done += kStep) {
     const int64_t steps = k - done < kStep ? k - done : kStep;
-    tile_rows<kPairs, kScoreRows, kScoreVecs>(rows, {a.data + done, a.row, 1}, b + done * kPanel,
-                                              kPanel, steps, done > 0, c, c_row);
+    const auto run = [&]<int kVecs>(std::integral_constant<int, kVecs>) {
+      tile_rows<kPairs, kScoreRows, kVecs>(rows, {a.data + done, a.row, 1}, b + done * kPanel,
+                                           kPanel, steps, done > 0, c, c_row);
+    };
+    if (vecs == 1) {
+      run(std::integral_constant<int, 1>());
+    } else {
+      run(std::integral_constant<int, kScoreVecs>());
+    }
   }
 }
 
@@ -112,6 +123,7 @@ void sum_tile(int rows, int vecs, Words a, const float* b, int64_t b_row, int64_
 void copy_rows(DType dtype, const char* source, int64_t stride, int64_t rows, int64_t dim,
                float* out, int64_t pitch) {
   for (int64_t i = 0; i < rows; ++i, source += stride, out += pitch) {
+    prefetch_row(dtype, source + kAhead * stride, dim);
     int64_t d = 0;
     for (; d + kLanes <= dim; d += kLanes) store(out + d, load_as_f32(dtype, source, d));
     if (d < dim) store(out + d, load_tail(dtype, source, d, dim - d));
@@ -128,16 +140,21 @@ void write_rows(DType dtype, const float* source, int64_t pitch, int64_t rows, i
   }
 }
 
-float dot_rows(DType dtype, const char* a, const char* b, int64_t dim) {
-  F32 total = broadcast(0.0f);
-  int64_t d = 0;
-  for (; d + kLanes <= dim; d += kLanes) {
-    total = fma(load_as_f32(dtype, a, d), load_as_f32(dtype, b, d), total);
+void dot_rows(DType dtype, const char* a, int64_t a_stride, const char* b, int64_t b_stride,
+              int64_t rows, int64_t dim, float* out) {
+  for (int64_t i = 0; i < rows; ++i, a += a_stride, b += b_stride) {
+    prefetch_row(dtype, a + kAhead * a_stride, dim);
+    prefetch_row(dtype, b + kAhead * b_stride, dim);
+    F32 total = broadcast(0.0f);
+    int64_t d = 0;
+    for (; d + kLanes <= dim; d += kLanes) {
+      total = fma(load_as_f32(dtype, a, d), load_as_f32(dtype, b, d), total);
+    }
+    if (d < dim) {
+      total = fma(load_tail(dtype, a, d, dim - d), load_tail(dtype, b, d, dim - d), total);
+    }
+    out[i] = sum(total);
   }
-  if (d < dim) {
-    total = fma(load_tail(dtype, a, d, dim - d), load_tail(dtype, b, d, dim - d), total);
-  }
-  return sum(total);
 }
 
 template <bool kPairs>
@@ -153,6 +170,7 @@ void pack_panels(DType dtype, const char* source, int64_t stride, int64_t rows, 
         const int64_t count = words - d;
         for (int i = 0; i < kLanes; ++i) {
           const char* line = source + (row + i) * stride;
+          if (d == 0) prefetch_row(as, line + kLanes * stride, words);
           if (row + i >= rows) {
             lines[i] = broadcast(0.0f);
           } else {
@@ -167,44 +185,38 @@ void pack_panels(DType dtype, const char* source, int64_t stride, int64_t rows, 
   }
 }
 
-template void score_tile<false>(int, Words, const float*, int64_t, float*, int64_t);
+template void score_tile<false>(int, int, Words, const float*, int64_t, float*, int64_t);
 template void sum_tile<false>(int, int, Words, const float*, int64_t, int64_t, float*, int64_t);
 template void pack_panels<false>(DType, const char*, int64_t, int64_t, int64_t, float*);
 
 #if defined(PYGPT_ISA_avx512_bf16)
-template void score_tile<true>(int, Words, const float*, int64_t, float*, int64_t);
+template void score_tile<true>(int, int, Words, const float*, int64_t, float*, int64_t);
 template void sum_tile<true>(int, int, Words, const float*, int64_t, int64_t, float*, int64_t);
 template void pack_panels<true>(DType, const char*, int64_t, int64_t, int64_t, float*);
 
 void pack_pairs(const char* source, int64_t stride, int64_t rows, int64_t dim, float* out,
                 int64_t pitch) {
+  alignas(64) static constexpr uint16_t kOrder[2][32] = {
+      {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+       8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47},
+      {16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53, 22, 54, 23, 55,
+       24, 56, 25, 57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63}};
+  const __m512i first = _mm512_load_si512(kOrder[0]), second = _mm512_load_si512(kOrder[1]);
   for (int64_t i = 0; i < rows; i += 2, out += pitch) {
-    const uint16_t* even = reinterpret_cast<const uint16_t*>(source + i * stride);
-    const uint16_t* odd = reinterpret_cast<const uint16_t*>(source + (i + 1) * stride);
-    for (int64_t d = 0; d < dim; d += kLanes) {
-      const __mmask16 used = first_lanes(static_cast<int>(dim - d)).v;
-      const __m256i low = _mm256_maskz_loadu_epi16(used, even + d);
-      const __m256i high =
-          i + 1 < rows ? _mm256_maskz_loadu_epi16(used, odd + d) : _mm256_setzero_si256();
-      const __m512i pair = _mm512_or_si512(_mm512_cvtepu16_epi32(low),
-                                           _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16));
-      _mm512_storeu_si512(out + d, pair);
+    const char *even = source + i * stride, *odd = even + stride;
+    prefetch_row(DType::kBFloat16, even + kAhead * stride, dim);
+    prefetch_row(DType::kBFloat16, odd + kAhead * stride, dim);
+    for (int64_t d = 0; d < dim; d += 32) {
+      const __mmask32 used = dim - d >= 32 ? ~0u : (1u << (dim - d)) - 1;
+      const __m512i low = _mm512_maskz_loadu_epi16(used, even + 2 * d);
+      const __m512i high = _mm512_maskz_loadu_epi16(i + 1 < rows ? used : 0, odd + 2 * d);
+      _mm512_storeu_si512(out + d, _mm512_permutex2var_epi16(low, first, high));
+      if (d + 16 < dim) {
+        _mm512_storeu_si512(out + d + 16, _mm512_permutex2var_epi16(low, second, high));
+      }
     }
   }
 }
 #endif
-
-Scratch::~Scratch() { std::free(data_); }
-
-char* Scratch::get(size_t bytes) {
-  if (bytes > size_) {
-    std::free(data_);
-    size_ = 0;
-    data_ = static_cast<char*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64));
-    if (!data_) throw std::bad_alloc();
-    size_ = bytes;
-  }
-  return data_;
-}
 
 }  // namespace pygpt::PYGPT_ISA_NAMESPACE

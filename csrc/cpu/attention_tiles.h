@@ -41,7 +41,8 @@ constexpr int kScoreRows = 6, kScoreVecs = 2, kSumRows = 6, kSumVecs = 2;
 #else
 constexpr int kScoreRows = 4, kScoreVecs = 2, kSumRows = 4, kSumVecs = 2;
 #endif
-constexpr int kPanel = kScoreVecs * kLanes;  // keys (or queries) in one packed panel
+constexpr int kPanel = kScoreVecs * kLanes;                // keys (or queries) in one packed panel
+constexpr int kSoftmaxRows = kLanes == 16 ? kSumRows : 2;  // at a time, as registers allow
 
 struct Words {  // a matrix of words; `row` and `k` are the strides of its two dimensions
   const float* data;
@@ -51,7 +52,7 @@ struct Words {  // a matrix of words; `row` and `k` are the strides of its two d
 // C[rows, vecs * kLanes] = A B, or += with `add`; sums start at zero, so that a long reduction made
 // of many calls is summed in two levels. rows and vecs are any number up to those of the tile.
 template <bool kPairs>
-void score_tile(int rows, Words a, const float* b, int64_t k, float* c, int64_t c_row);
+void score_tile(int rows, int vecs, Words a, const float* b, int64_t k, float* c, int64_t c_row);
 template <bool kPairs>
 void sum_tile(int rows, int vecs, Words a, const float* b, int64_t b_row, int64_t k, float* c,
               int64_t c_row);
@@ -84,8 +85,9 @@ void pack_panels(DType dtype, const char* source, int64_t stride, int64_t rows, 
 void pack_pairs(const char* source, int64_t stride, int64_t rows, int64_t dim, float* out,
                 int64_t pitch);
 
-// The sum of a[i] * b[i] over one row of each.
-float dot_rows(DType dtype, const char* a, const char* b, int64_t dim);
+// out[i] = the sum of a * b over row i of each.
+void dot_rows(DType dtype, const char* a, int64_t a_stride, const char* b, int64_t b_stride,
+              int64_t rows, int64_t dim, float* out);
 
 // Words of a (low half) and b (high half) rounded to bf16; used, and defined, where kHasPairs.
 F32 pair_bf16(F32 a, F32 b);
@@ -97,17 +99,5 @@ PYGPT_INLINE F32 pair_bf16(F32 a, F32 b) {
   return {_mm512_castsi512_ps(_mm512_permutexvar_epi16(order, reinterpret_cast<__m512i>(both)))};
 }
 #endif
-
-// Work memory of one thread, kept between calls: fresh pages cost as much as the arithmetic.
-class Scratch {
- public:
-  ~Scratch();
-  // At least `bytes`, aligned to 64; what an earlier call gave is void.
-  char* get(size_t bytes);
-
- private:
-  char* data_ = nullptr;
-  size_t size_ = 0;
-};
 
 }  // namespace pygpt::PYGPT_ISA_NAMESPACE

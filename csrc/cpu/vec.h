@@ -591,6 +591,23 @@ PYGPT_INLINE F32 exp2(F32 x) {
   return exp2_polynomial<5>(
       x, {0x1.eca6f0p-10f, 0x1.269deep-7f, 0x1.c94440p-5f, 0x1.ebd8a0p-3f, 0x1.62e4c8p-1f});
 }
+// max + log2(sum) for normal sums; -infinity for a sum of 0, NaN for NaN. One rounding at the
+// end: max and the sum's exponent are added without loss.
+PYGPT_INLINE F32 log2_of_sum(F32 max, F32 sum) {
+  const I32 offset = broadcast(0x3f2aaaab);  // 2/3: the fraction is in [2/3, 4/3)
+  const I32 b = as_i32(sum) - offset;
+  const F32 whole = to_f32(shift_right<23>(b + broadcast(127 << 23)) - broadcast(127));
+  const F32 fraction = as_f32((b & broadcast(0x7fffff)) + offset);
+  // log2(x) = 2 / ln 2 * atanh(s), s = (x - 1) / (x + 1) within 1/5
+  const F32 s = (fraction - broadcast(1.0f)) / (fraction + broadcast(1.0f)), s2 = s * s;
+  F32 series = broadcast(2.88539008f / 9);
+  for (const float n : {7.0f, 5.0f, 3.0f, 1.0f})
+    series = fma(series, s2, broadcast(2.88539008f / n));
+  const F32 high = max + whole, back = high - max;
+  const F32 low = (max - (high - back)) + (whole - back);
+  const F32 result = high + fma(series, s, low);
+  return select(sum == broadcast(0.0f), broadcast(-__builtin_inff()), result + (sum - sum));
+}
 // Within 1.1e-4: for weights that are rounded to 16 bits next.
 PYGPT_INLINE F32 exp2_coarse(F32 x) {
   return exp2_polynomial<3>(x, {0x1.4095eap-4f, 0x1.cf7a66p-3f, 0x1.640ea8p-1f});
