@@ -302,6 +302,23 @@ def test_a_pickle_never_runs_code(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.parametrize("seed", range(40))
+def test_a_flipped_bit_of_a_pickled_file_is_noticed(tmp_path: Path, seed: int) -> None:
+    path = tmp_path / "flipped.pth"
+    theirs = randomised(BookGPT())
+    torch.save(theirs.state_dict(), path)
+    data = bytearray(path.read_bytes())
+    at = int(torch.randint(len(data), (), generator=torch.Generator().manual_seed(seed)))
+    data[at] ^= 1 << seed % 8
+    path.write_bytes(data)
+    try:
+        convert(path, tmp_path / "out", n_heads=H)
+    except PygptError as error:
+        assert "flipped.pth" in str(error)
+    else:  # padding, or a field that nobody reads
+        assert_equal_logits(tmp_path / "out", theirs)
+
+
 @pytest.mark.parametrize("seed", range(12))
 def test_cut_pickles_are_refused(tmp_path: Path, seed: int) -> None:
     path = tmp_path / "cut.pth"

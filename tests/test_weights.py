@@ -6,6 +6,7 @@ import hashlib
 import http.server
 import json
 import re
+import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -372,6 +373,7 @@ class LoopbackHub:
         self.folder = folder
         self.requests: list[str] = []
         self.lie = False  # name the weights by another hash than their own
+        self.cut = False  # end the next answer with weights half-way
         hub = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
@@ -416,7 +418,11 @@ class LoopbackHub:
         request.send_header("ETag", f'"{"0" * 64 if large and self.lie else digest}"')
         request.send_header("Content-Length", str(len(data) - start))
         request.end_headers()
-        if body:
+        if body and large and self.cut:
+            self.cut = False
+            request.wfile.write(data[start : len(data) // 2])
+            request.connection.shutdown(socket.SHUT_RDWR)
+        elif body:
             request.wfile.write(data[start:])
 
 
@@ -465,6 +471,12 @@ def test_what_the_hub_lacks_is_said(hub: LoopbackHub) -> None:
     (hub.folder / "model.safetensors").unlink()
     with pytest.raises(PygptError, match=r"has no model\.safetensors"):
         GPT.from_pretrained("tiny/gpt")
+
+
+def test_a_download_that_breaks_off_is_finished(hub: LoopbackHub) -> None:
+    hub.cut = True
+    assert_same(GPT.from_pretrained("tiny/gpt"), random_model())
+    assert hub.requests.count("GET /tiny/gpt/resolve/main/model.safetensors") == 2
 
 
 def test_a_download_with_another_hash_is_refused_and_removed(hub: LoopbackHub) -> None:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import pickle
 import re
+import struct
 import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -35,6 +37,12 @@ _BOOK_MASKS = r"trf_blocks\.\d+\.att\.mask"
 # nanoGPT and minGPT call everything as Hugging Face does, in nn.Linear's orientation.
 LINEAR = replace(huggingface.TABLE, transposed=False)
 _LINEAR_MASKS = r"h\.\d+\.attn\.bias"
+
+# What zipfile and torch.load raise for files that are cut or altered.
+_DAMAGE = (
+    *(RuntimeError, EOFError, OSError, LookupError, ValueError, AttributeError, struct.error),
+    *(NotImplementedError, zipfile.BadZipFile, zlib.error),
+)
 
 
 def read(path: Path, *, n_heads: int | None, lora_scale: float | None) -> Checkpoint:
@@ -70,13 +78,15 @@ def _unpickle(path: Path) -> Mapping[str, Any]:
     refuse_stand_ins(path)
     mappable = zipfile.is_zipfile(path)  # not so before PyTorch 1.6
     try:
+        if mappable and (damaged := zipfile.ZipFile(path).testzip()):
+            raise zipfile.BadZipFile(f"the checksum of {damaged} differs")
         raw = torch.load(path, map_location="cpu", weights_only=True, mmap=mappable)
     except pickle.UnpicklingError as error:
         raise DataError(
             f"{path} holds more than tensors, or is damaged, and was not loaded: "
             f"{str(error).splitlines()[0]}"
         ) from error
-    except (RuntimeError, EOFError, OSError, LookupError, ValueError, AttributeError) as error:
+    except _DAMAGE as error:
         raise DataError(f"{path} is not a whole PyTorch file: {error}") from error
     if not isinstance(raw, Mapping):
         raise DataError(f"{path} holds a {type(raw).__name__}, expected a state dict")
