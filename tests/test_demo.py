@@ -163,12 +163,14 @@ def test_the_same_steps_and_seed_repeat_the_run_on_the_users_own_text(tmp_path):
     letters = random.Random(0).choices("etaoin shrdlu cmfwyp", k=40_000)
     text.write_text("".join(letters))
     bits = []
-    for name in ("a", "b"):
+    for name in ("a", "b", "b"):  # the last time in place of a finished demo
         config = DemoConfig(steps=2, seed=3, text=(str(text),), out=str(tmp_path / name))
         result = run_demo(config, console)
         assert "classify" not in result.acts
         bits.append(result.acts["pretrain"]["bits_per_character"])
-    assert bits[0] == bits[1]
+        (tmp_path / name / "notes.txt").write_text("the user's own")
+    assert bits[0] == bits[1] == bits[2]
+    assert (tmp_path / "b" / "notes.txt").exists()
 
 
 def test_an_interrupted_demo_goes_on_and_repeats_no_finished_act(tmp_path, console, monkeypatch):

@@ -8,6 +8,7 @@ import importlib.util
 import json
 import math
 import random
+import re
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -51,6 +52,8 @@ CLASSIFY_SHARE, INSTRUCT_SHARE = 0.1, 0.25
 N_CLASSES, CLASS_TOKENS, TEST_PER_CLASS = 6, 64, 60
 N_QUESTIONS, N_SHOWN = 350, 8
 PROMPT = "Return a list of"
+# What a demo leaves in its folder, the first to go first.
+KEPT = ("demo.json", "report.html", "data", "pretrain", "classify", "instruct", "scratch")
 SENTENCE = "Parse the given arguments and return a new dictionary."
 
 
@@ -109,8 +112,8 @@ class _Demo:
         if self.state_file.exists():
             found = json.loads(self.state_file.read_text())
             if "report" in found["acts"]:
-                for path in self.folder.iterdir():
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+                for path in map(self.folder.joinpath, KEPT):
+                    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
             elif found["settings"] == self.state["settings"]:
                 self.state = found
             else:
@@ -160,7 +163,9 @@ class _Demo:
                 f"{len(texts):,} documents, {sum(map(len, texts)):,} characters of your own text; "
                 f"{sum(map(len, self.held_out)):,} of them held out"
             )
+            self.prompt = " ".join(re.findall(r"\w+", self.held_out[0])[1:5]) or PROMPT
             return {"characters": sum(map(len, texts)), "documents": len(texts)}
+        self.prompt = PROMPT
         self.corpus = corpus.read_standard_library()
         self.train = [document.text for document in self.corpus.train]
         self.held_out = [document.text for document in self.corpus.held_out]
@@ -243,13 +248,13 @@ class _Demo:
         )
 
         def sample(gpt: Any) -> str:
-            ids = self.tok.encode_ordinary(PROMPT)
+            ids = self.tok.encode_ordinary(self.prompt)
             longer = generate(
                 gpt, ids, 28, temperature=0.6, seed=self.config.seed, eos_id=self.tok.eot_token
             )
             return " ".join(self.tok.decode(longer[len(ids) :]).split())
 
-        with Display(self.console, "learning", PROMPT) as display:
+        with Display(self.console, "learning", self.prompt) as display:
             run = pretrain(
                 model, data, config, out=self.folder / "pretrain", sample=sample, on_event=display
             )
@@ -268,7 +273,7 @@ class _Demo:
             **zipped,
             "characters_per_token": per_token,
             "tokens_per_second": _median_speed(run),
-            "prompt": PROMPT,
+            "prompt": self.prompt,
             "samples": run.samples,
         }
 
@@ -471,7 +476,7 @@ class _Demo:
         self.say("")
         self.say(table(("act", "result", "time"), rows, best="all"))
         self.say("\nNow type")
-        self.say(f'  pygpt generate {self.folder} "{PROMPT}"')
+        self.say(f'  pygpt generate {self.folder} "{self.prompt}"')
         if "instruct" in acts:
             self.say(f"  pygpt chat {self.folder}")
             self.say(f'  pygpt predict {self.folder} "Parse an RFC 2822 message header."')
