@@ -463,6 +463,14 @@ def test_a_sharded_name_is_downloaded_whole(
         assert_same(GPT.from_pretrained("tiny/gpt", revision="b" * 40), random_model())
 
 
+def test_an_index_on_the_hub_cannot_lead_out_of_the_cache(hub: LoopbackHub) -> None:
+    shard(hub.folder)
+    index = hub.folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"transformer.ln_f.bias": "../../../out"}}))
+    with pytest.raises(PygptError, match=r"out' is not the name of a file beside it"):
+        GPT.from_pretrained("tiny/gpt")
+
+
 def test_what_the_hub_lacks_is_said(hub: LoopbackHub) -> None:
     with pytest.raises(FileNotFoundError, match="neither a local path nor a public model"):
         GPT.from_pretrained("tiny/none")

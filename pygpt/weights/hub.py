@@ -8,8 +8,7 @@ from pathlib import Path
 
 from pygpt.config import GPT2_SIZES
 from pygpt.errors import DataError, ResourceError
-from pygpt.weights.files import read_json
-from pygpt.weights.huggingface import CONFIG, INDEX, WEIGHTS
+from pygpt.weights.huggingface import CONFIG, INDEX, WEIGHTS, shards_of
 
 
 def download(name: str, revision: str | None = None) -> Path:
@@ -29,7 +28,7 @@ def download(name: str, revision: str | None = None) -> Path:
         index = _file(name, INDEX, revision)
         if index is None:
             raise DataError(f"{name} on the hub has no {WEIGHTS}; pygpt downloads no pickles")
-        for shard in sorted(set(read_json(index).get("weight_map", {}).values())):
+        for shard in sorted(set(shards_of(index).values())):
             _file(name, shard, revision)
     _file(name, "tokenizer.json", revision)
     return config.parent

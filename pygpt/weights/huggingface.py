@@ -22,6 +22,18 @@ TABLE = Table(
     "ln_f lm_head",
     transposed=True,  # Conv1D's
 )
+# Our keys of a configuration and theirs, and what theirs are where config.json is silent.
+_KEYS = {
+    "vocab_size": "vocab_size",
+    "context_length": "n_positions",
+    "emb_dim": "n_embd",
+    "n_heads": "n_head",
+    "n_layers": "n_layer",
+    "drop_rate": "resid_pdrop",
+    "tie_weights": "tie_word_embeddings",
+    "init_std": "initializer_range",
+}
+_DEFAULTS = {"resid_pdrop": 0.1, "tie_word_embeddings": True, "initializer_range": 0.02}
 _MASKS = r"h\.\d+\.attn\.(bias|masked_bias)"  # buffers that old versions of transformers saved
 
 
@@ -55,18 +67,12 @@ def config_from_json(raw: Mapping[str, Any], path: Path) -> GPTConfig:
     """The shape that a config.json of transformers describes; refuses what is not GPT-2."""
     if raw.get("model_type", "gpt2") != "gpt2":
         raise DataError(f"{path}: model_type is {raw['model_type']!r}, pygpt reads 'gpt2'")
+    raw = {**_DEFAULTS, "n_positions": raw.get("n_ctx"), **raw}
     with blaming(path):
         config = GPTConfig(
-            vocab_size=raw["vocab_size"],
-            context_length=raw.get("n_positions") or raw["n_ctx"],
-            emb_dim=raw["n_embd"],
-            n_heads=raw["n_head"],
-            n_layers=raw["n_layer"],
-            drop_rate=raw.get("resid_pdrop", 0.1),
+            **{ours: raw[theirs] for ours, theirs in _KEYS.items()},
             qkv_bias=raw.get("pygpt", {}).get("qkv_bias", True),
-            tie_weights=raw.get("tie_word_embeddings", True),
             exact_gelu=raw.get("activation_function") == "gelu",
-            init_std=raw.get("initializer_range", 0.02),
         )
     demands = {
         "activation_function": ("gelu_new", "gelu_pytorch_tanh", "gelu"),
@@ -88,18 +94,11 @@ def config_to_json(config: GPTConfig, dtype: torch.dtype, eos_id: int | None) ->
     return {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
-        "vocab_size": config.vocab_size,
-        "n_positions": config.context_length,
-        "n_embd": config.emb_dim,
-        "n_head": config.n_heads,
-        "n_layer": config.n_layers,
+        **{theirs: getattr(config, ours) for ours, theirs in _KEYS.items()},
         "activation_function": "gelu" if config.exact_gelu else "gelu_new",
         "layer_norm_epsilon": 1e-5,
-        "initializer_range": config.init_std,
-        "resid_pdrop": config.drop_rate,
         "embd_pdrop": config.drop_rate,
         "attn_pdrop": config.drop_rate,
-        "tie_word_embeddings": config.tie_weights,
         "bos_token_id": eos_id,
         "eos_token_id": eos_id,
         "torch_dtype": str(dtype).removeprefix("torch."),
@@ -136,21 +135,23 @@ def read_tensors(folder: Path, weights: Path | None = None) -> dict[str, LazyTen
 
 
 def _read_shards(folder: Path) -> dict[str, LazyTensor]:
-    index = folder / INDEX
+    weight_map = shards_of(folder / INDEX)
+    shards = {shard: read_safetensors(folder / shard) for shard in set(weight_map.values())}
+    for name, shard in weight_map.items():
+        if name not in shards[shard]:
+            raise DataError(f"{folder / shard}: {name} is missing, which {INDEX} says is there")
+    return {name: shards[shard][name] for name, shard in weight_map.items()}
+
+
+def shards_of(index: Path) -> dict[str, str]:
+    """Which file beside an index holds each tensor; a name that leads elsewhere is refused."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise DataError(f"{index}: weight_map is missing or empty")
-    shards: dict[str, dict[str, LazyTensor]] = {}
-    result = {}
-    for name, shard in weight_map.items():
+    for shard in weight_map.values():
         if not isinstance(shard, str) or not re.fullmatch(r"[\w-][\w.-]*", shard):
             raise DataError(f"{index}: {shard!r} is not the name of a file beside it")
-        if shard not in shards:
-            shards[shard] = read_safetensors(folder / shard)
-        if name not in shards[shard]:
-            raise DataError(f"{folder / shard}: {name} is missing, which {INDEX} says is there")
-        result[name] = shards[shard][name]
-    return result
+    return weight_map
 
 
 def write_tokenizer_config(folder: Path, eos: str | None, context_length: int) -> None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from pygpt.errors import DataError
-from pygpt.weights.layout import LazyTensor
+from pygpt.weights.layout import LazyTensor, blaming
 
 _TABLE_MAGIC = 0xDB4775248B80FB57
 _DTYPES = {1: (np.float32, torch.float32), 19: (np.float16, torch.float16)}  # DataType's numbers
@@ -28,8 +28,8 @@ def read_bundle(index: Path) -> dict[str, LazyTensor]:
     """The tensors of the TensorFlow checkpoint whose index is given, memory-mapped."""
     data = index.read_bytes()
     result = {}
-    try:
-        n_shards = 1
+    n_shards = 1
+    with blaming(index):
         for key, value in _table(data):
             fields = dict(_message(value))
             if not key:
@@ -59,8 +59,6 @@ def read_bundle(index: Path) -> dict[str, LazyTensor]:
                 _read, path, name, start, size, int(fields.get(6, 0)), numpy_dtype, shape
             )
             result[name] = LazyTensor(shape, dtype, read)
-    except (ValueError, IndexError, TypeError, struct.error) as error:
-        raise DataError(f"{index} is not a whole TensorFlow checkpoint index: {error}") from None
     return result
 
 
