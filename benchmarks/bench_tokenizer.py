@@ -1,6 +1,6 @@
 """Encoding and decoding beside tiktoken and the fastest peers from PyPI: equal first, then timed.
 
-    python benchmarks/bench_tokenizer.py [--corpus english python ...] [--vocabulary gpt2 ...]
+    python benchmarks/bench_tokenizer.py [--quick] [--corpus english ...] [--vocabulary gpt2 ...]
 
 Every figure comes from a fresh process: "cold" is its first call after loading the vocabulary,
 "warm" the median of the next ones; sides take turns, three rounds. MB are of UTF-8, one thread.
@@ -50,6 +50,7 @@ def corpus(name: str) -> str:
     for path in paths:
         if len(data) < LIMIT:
             data += path.read_bytes()
+    data *= max(1, 2_500_000 // len(data))  # some sentences of each language are few
     return data[:LIMIT].decode("utf-8", "ignore").replace("<|endoftext|>", "")
 
 
@@ -86,6 +87,25 @@ def load(side: str, vocabulary: str):
             path.write_bytes((CACHE / digest).read_bytes())
             t = gigatoken.Tokenizer.from_tiktoken(path)
         return t.encode, lambda s: t.encode(s).tolist(), t.decode, None
+    if side == "rs_bpe":
+        from rs_bpe.bpe import openai
+
+        t = {"cl100k_base": openai.cl100k_base, "o200k_base": openai.o200k_base}[vocabulary]()
+        return t.encode, t.encode, lambda ids: t.decode(ids.tolist()).encode(), t.count
+    if side == "tokenizers":
+        import tokenizers
+
+        from pygpt.tokenizer import Tokenizer
+
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "tokenizer.json"
+            Tokenizer.from_pretrained(vocabulary).save(path)
+            t = tokenizers.Tokenizer.from_file(str(path))
+
+        def ids_of(s):
+            return t.encode(s, add_special_tokens=False).ids
+
+        return ids_of, ids_of, lambda ids: t.decode(ids.tolist()).encode(), None
     if side == "quicktok":
         import quicktok
 
@@ -100,12 +120,21 @@ def timed(call, argument):
     return time.perf_counter() - start, result
 
 
-def measure(side: str, vocabulary: str, name: str) -> dict:
-    text = corpus(name)
+def resident() -> float:
+    """MB of this process in memory, or nothing where /proc is not."""
+    statm = Path("/proc/self/statm")
+    pages = int(statm.read_text().split()[1]) if statm.exists() else 0
+    return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
+def measure(side: str, vocabulary: str, name: str, limit: int) -> dict:
+    text = corpus(name)[:limit]
     text.encode()
-    start = time.perf_counter()
+    importlib.import_module("pygpt.tokenizer" if side == "pygpt" else side)
+    start, before = time.perf_counter(), resident()
     encode, encode_list, decode, count = load(side, vocabulary)
     seconds = {"load": time.perf_counter() - start}
+    memory = resident() - before
     seconds["cold"], ids = timed(encode, text)
     ids = np.asarray(ids, np.uint32)
     seconds["warm"] = statistics.median(timed(encode, text)[0] for _ in range(3))
@@ -125,13 +154,13 @@ def measure(side: str, vocabulary: str, name: str) -> dict:
     return {
         "ids": hashlib.sha256(ids.tobytes()).hexdigest(),
         "bytes": len(text.encode()),
-        "tokens": len(ids),
+        "memory": memory,
         "seconds": seconds,
     }
 
 
-def in_fresh_process(side: str, vocabulary: str, name: str) -> dict:
-    command = [sys.executable, __file__, "--measure", side, vocabulary, name]
+def in_fresh_process(side: str, vocabulary: str, name: str, limit: int) -> dict:
+    command = [sys.executable, __file__, "--measure", side, vocabulary, name, str(limit)]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     if run.returncode:
         raise SystemExit(f"{side} {vocabulary} {name}: {run.stderr}")
@@ -163,48 +192,54 @@ def compare_with_the_twin() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--measure", nargs=4, help=argparse.SUPPRESS)
     parser.add_argument("--corpus", nargs="+", default=["english", "python", "multilingual", "cjk"])
     parser.add_argument("--vocabulary", nargs="+", default=list(FILES))
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--quick", action="store_true", help="2 MB of each corpus, one round")
     arguments = parser.parse_args()
     if arguments.measure:
-        print(json.dumps(measure(*arguments.measure)))
+        *names, size = arguments.measure
+        print(json.dumps(measure(*names, int(size))))
         return
+    limit, rounds = (2_000_000, 1) if arguments.quick else (LIMIT, arguments.rounds)
 
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, one thread each")
     compare_with_the_twin()
     if not CACHE.is_dir():
         print(f"no published vocabularies in {CACHE}: peers are not compared")
         return
-    peers = ["tiktoken", "gigatoken", "quicktok"]
+    peers = ["tiktoken", "gigatoken", "quicktok", "rs_bpe", "tokenizers"]
     absent = [peer for peer in peers if importlib.util.find_spec(peer) is None]
     if absent:
         print(f"absent: {', '.join(absent)}")
     sides = ["pygpt", *(peer for peer in peers if peer not in absent)]
     columns = ["cold", "warm", "list", "count", "decode"]
-    print(f"{'MB/s':<36}" + "".join(f"{c:>8}" for c in columns) + "  short us  load ms")
+    print(f"{'MB/s':<36}" + "".join(f"{c:>8}" for c in columns) + "  short us  load ms      MB")
     for name in arguments.corpus:
         for vocabulary in arguments.vocabulary:
-            able = [s for s in sides if s != "quicktok" or vocabulary != "gpt2"]
-            rounds: dict[str, list[dict]] = {side: [] for side in able}
-            for _ in range(arguments.rounds):
+            able = [s for s in sides if vocabulary != "gpt2" or s not in ("quicktok", "rs_bpe")]
+            runs: dict[str, list[dict]] = {side: [] for side in able}
+            for _ in range(rounds):
                 for side in able:
-                    rounds[side].append(in_fresh_process(side, vocabulary, name))
-            first = rounds["pygpt"][0]
+                    runs[side].append(in_fresh_process(side, vocabulary, name, limit))
+            first = runs["pygpt"][0]
             for side in able:
-                equal = rounds[side][0]["ids"] == first["ids"]
+                first_of_side = runs[side][0]
+                equal = first_of_side["ids"] == first["ids"]
                 middle = {
-                    key: statistics.median(r["seconds"][key] for r in rounds[side])
-                    for key in rounds[side][0]["seconds"]
+                    key: statistics.median(r["seconds"][key] for r in runs[side])
+                    for key in first_of_side["seconds"]
                 }
                 rates = "".join(
                     f"{first['bytes'] / middle[c] / 1e6:8.0f}" if c in middle else f"{'-':>8}"
                     for c in columns
                 )
                 print(
-                    f"{name:<13}{vocabulary:<13}{side:<10}{rates}{middle['short'] * 1e6:10.2f}"
-                    f"{middle['load'] * 1e3:9.0f}{'' if equal else '  OTHER IDS'}"
+                    f"{name:<13}{vocabulary:<13}{side:<11}{rates}{middle['short'] * 1e6:9.2f}"
+                    f"{middle['load'] * 1e3:9.0f}{first_of_side['memory']:8.0f}",
+                    "" if equal else " OTHER IDS",
+                    flush=True,
                 )
 
 

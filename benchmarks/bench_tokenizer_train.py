@@ -1,6 +1,6 @@
 """Training beside tokenizers, rustbpe, gigatoken and bpeasy: equal first, then timed.
 
-    python benchmarks/bench_tokenizer_train.py [--vocab-size 8192 50257] [--megabytes 13]
+    python benchmarks/bench_tokenizer_train.py [--vocab-size 8192 50257] [--megabytes 26] [--quick]
 
 Sides run in fresh processes and take turns. The corpus is the standard library's sources and, where
 PYGPT_DATA has them, its books. Merges are compared with Hugging Face's one by one.
@@ -66,10 +66,8 @@ def train(side: str, texts: list[str], size: int, threads: int) -> list | None:
         import gigatoken
 
         # Separated by something that the texts do not hold, so that documents stay apart.
-        data = "\x00\x01".join(texts)
-        gigatoken.train_bpe(
-            gigatoken.BytesSource([data.encode()], separator="\x00\x01"), size, ["<|endoftext|>"]
-        )
+        data = "\x00\x01".join(texts).encode()
+        gigatoken.train_bpe(data, size, ["<|endoftext|>"], separator="\x00\x01")
     elif side == "bpeasy":
         import bpeasy
 
@@ -92,11 +90,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--measure", nargs=4, help=argparse.SUPPRESS)
     parser.add_argument("--vocab-size", nargs="+", type=int, default=[8192, 50257])
-    parser.add_argument("--megabytes", type=float, default=13)
+    parser.add_argument("--megabytes", type=float, default=26)
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--peers", nargs="*", default=PEERS)
+    parser.add_argument("--quick", action="store_true", help="6 MB, one round")
     arguments = parser.parse_args()
+    if arguments.quick:
+        arguments.megabytes, arguments.rounds = 6, 1
     if arguments.measure:
         side, size, megabytes, threads = arguments.measure
         print(json.dumps(measure(side, int(size), float(megabytes), int(threads))))

@@ -455,6 +455,21 @@ void bind_tokenizer(py::module_& m) {
              }
              return bytes_of(out);
            })
+      .def("decode_bytes_batch",
+           [](const Bpe& bpe, const py::sequence& batch, int threads) {
+             std::vector<std::vector<uint32_t>> ids;
+             for (const py::handle sequence : batch) ids.push_back(ids_of(sequence));
+             std::vector<std::string> decoded(ids.size());
+             {
+               const py::gil_scoped_release release;
+               run_tasks(ids.size(), threads, [&](size_t i, int) {
+                 bpe.decode(ids[i].data(), ids[i].size(), &decoded[i]);
+               });
+             }
+             py::list all;
+             for (const std::string& bytes : decoded) all.append(bytes_of(bytes));
+             return all;
+           })
       .def("token_bytes",
            [](const Bpe& bpe, py::handle value) {
              const uint32_t id = id_of(value);

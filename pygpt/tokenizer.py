@@ -492,14 +492,15 @@ class Tokenizer:
         errors: str = "replace",
         num_threads: int | None = None,
     ) -> list[str]:
-        """`decode` of each."""
-        return [self.decode(tokens, errors) for tokens in batch]
+        """`decode` of each, in parallel."""
+        decoded = self.decode_bytes_batch(batch, num_threads=num_threads)
+        return [data.decode("utf-8", errors) for data in decoded]
 
     def decode_bytes_batch(
         self, batch: Sequence[Sequence[int]], *, num_threads: int | None = None
     ) -> list[bytes]:
-        """`decode_bytes` of each."""
-        return [self.decode_bytes(tokens) for tokens in batch]
+        """`decode_bytes` of each, in parallel."""
+        return self._native.decode_bytes_batch(batch, _threads(num_threads))
 
     def decode_single_token_bytes(self, token: int) -> bytes:
         """The bytes of one id. KeyError for an unknown one."""

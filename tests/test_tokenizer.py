@@ -1,11 +1,15 @@
 """The tokenizer against its list-based twin, tiktoken and Hugging Face's tokenizers."""
 
+import base64
 import copy
+import hashlib
+import http.server
 import json
 import os
 import pickle
 import random
 import string
+import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
@@ -18,7 +22,7 @@ import tiktoken
 import tokenizers
 from tokenizers import models, pre_tokenizers, trainers
 
-from pygpt import Tokenizer, reference
+from pygpt import Tokenizer, reference, tokenizer
 from pygpt.errors import DataError, ResourceError
 from pygpt.tokenizer import PATTERNS, _byte_order
 
@@ -304,7 +308,12 @@ def test_decoding_as_in_tiktoken(pair):
         assert ours.decode_bytes(ids) == theirs.decode_bytes(ids)
         assert ours.decode(ids) == theirs.decode(ids)
         assert ours.decode_tokens_bytes(ids) == theirs.decode_tokens_bytes(ids)
-        assert ours.decode_batch([ids, []]) == theirs.decode_batch([ids, []])
+        batch = [ids, [], ids[1:]]
+        for threads in (1, 2):
+            assert ours.decode_batch(batch, num_threads=threads) == theirs.decode_batch(batch)
+            assert ours.decode_bytes_batch(batch, num_threads=threads) == (
+                theirs.decode_bytes_batch(batch)
+            )
         for dtype in (np.uint32, np.int64, np.int32, np.uint16):
             assert ours.decode_bytes(np.array(ids, dtype)) == theirs.decode_bytes(ids)
         assert ours.decode_bytes(np.array(ids)[::-2]) == theirs.decode_bytes(ids[::-2])
@@ -708,6 +717,52 @@ def test_damaged_gpt2_folder(tmp_path):
 def test_unknown_pretrained_name():
     with pytest.raises(ValueError, match="gpt2, r50k_base"):
         Tokenizer.from_pretrained("gpt5")
+
+
+@pytest.fixture
+def publisher(tmp_path, monkeypatch):
+    """A server on loopback that publishes a small p50k_base, and an empty cache."""
+    data = b"".join(base64.b64encode(bytes([b])) + b" %d\n" % b for b in range(256))
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            server.requests.append(self.path)
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(server.content)))
+            self.end_headers()
+            self.wfile.write(server.content)
+
+        def log_message(self, *arguments):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.requests, server.content = [], data
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    known = tokenizer._PUBLISHED["p50k_base"]
+    changed = known._replace(sha256=hashlib.sha256(data).hexdigest())
+    monkeypatch.setitem(tokenizer._PUBLISHED, "p50k_base", changed)
+    monkeypatch.setattr(tokenizer, "_PUBLISHER", f"http://127.0.0.1:{server.server_port}/")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "cache"))
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_p50k_is_downloaded_once(publisher):
+    for _ in range(2):
+        tok = Tokenizer.from_pretrained("p50k_base")
+        assert tok.decode(tok.encode("It's é")) == "It's é"
+        assert tok.eot_token == 50256
+    assert publisher.requests == ["/encodings/p50k_base.tiktoken"]
+
+
+def test_a_download_that_is_not_what_was_published_is_refused(publisher):
+    publisher.content = b"<html>please log in</html>"
+    with pytest.raises(ResourceError, match="p50k_base"):
+        Tokenizer.from_pretrained("p50k_base")
 
 
 def test_pretrained_without_network_says_what_to_do(tmp_path, monkeypatch):
