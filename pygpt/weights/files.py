@@ -70,28 +70,27 @@ def read_safetensors(path: Path) -> dict[str, LazyTensor]:
     in_order = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
     if len(checksums) not in (0, len(header)):
         raise DataError(f"{path} has {len(checksums)} checksums for {len(header)} tensors")
-    result = {}
-    for (name, entry), crc in itertools.zip_longest(in_order, checksums):
-        first, end = (start + offset for offset in entry["data_offsets"])
-        dtype = _DTYPES.get(entry["dtype"], torch.uint8)  # else a mask, which is never read
-        shape = tuple(entry["shape"])
+    return {
+        name: _mapped(path, name, data, start, entry, crc)
+        for (name, entry), crc in itertools.zip_longest(in_order, checksums)
+    }
 
-        def read(
-            part: Tensor = data[first:end],
-            crc: str | None = crc,
-            name: str = name,
-            dtype: torch.dtype = dtype,
-            shape: tuple[int, ...] = shape,
-        ) -> Tensor:
-            if crc is not None and f"{zlib.crc32(part.numpy().data):08x}" != crc:
-                raise DataError(
-                    f"{path} is damaged: {name} is not what was saved (its CRC differs)"
-                )
-            aligned = part.storage_offset() % dtype.itemsize == 0
-            return (part if aligned else part.clone()).view(dtype).view(shape)
 
-        result[name] = LazyTensor(shape, dtype, read)
-    return result
+def _mapped(
+    path: Path, name: str, data: Tensor, start: int, entry: Mapping[str, Any], crc: str | None
+) -> LazyTensor:
+    """One tensor of a header: `entry` tells its place in `data` after the header's end `start`."""
+    dtype = _DTYPES.get(entry["dtype"], torch.uint8)  # else a mask, which is never read
+    first, end = (start + offset for offset in entry["data_offsets"])
+    shape = tuple(entry["shape"])
+
+    def read() -> Tensor:
+        part = data[first:end]
+        if crc is not None and f"{zlib.crc32(part.numpy().data):08x}" != crc:
+            raise DataError(f"{path} is damaged: {name} is not what was saved (its CRC differs)")
+        return (part.clone() if first % dtype.itemsize else part).view(dtype).view(shape)
+
+    return LazyTensor(shape, dtype, read)
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, LazyTensor]) -> None:

@@ -36,33 +36,26 @@ def download(name: str, revision: str | None = None) -> Path:
 
 def _file(name: str, filename: str, revision: str | None) -> Path | None:
     """One file in the cache; None where the repository has no such file."""
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+    from huggingface_hub import errors, hf_hub_download, try_to_load_from_cache
 
     cached = try_to_load_from_cache(name, filename, revision=revision)
     if cached is not None and not isinstance(cached, str):  # the hub said once that it has none
         return None
     try:
         path = Path(hf_hub_download(name, filename, revision=revision))
-    except LocalEntryNotFoundError as error:
+    except errors.LocalEntryNotFoundError as error:
         raise ResourceError(
             f"{name} is neither a local path nor in the cache, and the hub cannot be reached"
         ) from error
-    except EntryNotFoundError:
+    except errors.EntryNotFoundError:
         return None
-    except RevisionNotFoundError as error:
+    except errors.RevisionNotFoundError as error:
         raise FileNotFoundError(f"{name} has no revision {revision!r} on the hub") from error
-    except RepositoryNotFoundError as error:
+    except errors.RepositoryNotFoundError as error:
         raise FileNotFoundError(
             f"{name} is neither a local path nor a public model on the hub"
         ) from error
-    except (HfHubHTTPError, OSError) as error:
+    except (errors.HfHubHTTPError, OSError) as error:
         raise ResourceError(f"{name}: {filename} could not be downloaded: {error}") from error
     blob = path.resolve()
     if cached is None and re.fullmatch("[0-9a-f]{64}", blob.name):  # named by its sha256

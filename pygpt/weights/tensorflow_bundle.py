@@ -68,7 +68,8 @@ def _read(
     data = np.memmap(path, np.uint8, "c", start, (size,))
     if _mask(crc32c(data)) != crc:
         raise DataError(f"{path}: {name} is damaged (its CRC-32C differs)")
-    return torch.from_numpy(data.view(dtype).reshape(shape))
+    aligned = data if start % np.dtype(dtype).itemsize == 0 else data.copy()
+    return torch.from_numpy(aligned.view(dtype).reshape(shape))
 
 
 # --- the table -----------------------------------------------------------------------------------
@@ -79,15 +80,10 @@ def _table(data: bytes) -> Iterator[tuple[bytes, bytes]]:
     footer = data[-48:]
     if len(footer) < 48 or struct.unpack("<Q", footer[40:])[0] != _TABLE_MAGIC:
         raise ValueError("no table magic at the end")
-    _, at = _varint(footer, 0)  # the place of the meta index, which is empty
-    _, at = _varint(footer, at)
-    for _, handle in _block(data, *_handle(footer, at)):
-        yield from _block(data, *_handle(handle, 0))
-
-
-def _handle(data: bytes, at: int) -> tuple[int, int]:
-    start, at = _varint(data, at)
-    return start, _varint(data, at)[0]
+    _, _, start, size, _ = _varints(footer, 0, 4)  # first two: the meta index, which is empty
+    for _, handle in _block(data, start, size):
+        start, size, _ = _varints(handle, 0, 2)
+        yield from _block(data, start, size)
 
 
 def _block(data: bytes, start: int, size: int) -> Iterator[tuple[bytes, bytes]]:
@@ -101,24 +97,23 @@ def _block(data: bytes, start: int, size: int) -> Iterator[tuple[bytes, bytes]]:
     end = len(block) - 4 * (1 + struct.unpack("<I", block[-4:])[0])
     at, key = 0, b""
     while at < end:
-        shared, at = _varint(block, at)
-        rest, at = _varint(block, at)
-        length, at = _varint(block, at)
+        shared, rest, length, at = _varints(block, at, 3)
         key = key[:shared] + block[at : at + rest]
         at += rest
         yield key, block[at : at + length]
         at += length
 
 
-def _varint(data: bytes, at: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
-        byte = data[at]
+def _varints(data: bytes, at: int, count: int) -> list[int]:
+    """So many integers of seven bits a byte, and where they end."""
+    values = []
+    for _ in range(count):
+        value = shift = 0
+        while data[at] >= 0x80:
+            value, shift, at = value | (data[at] & 0x7F) << shift, shift + 7, at + 1
+        values.append(value | data[at] << shift)
         at += 1
-        value |= (byte & 0x7F) << shift
-        shift += 7
-        if byte < 0x80:
-            return value, at
+    return [*values, at]
 
 
 def _message(data: object) -> Iterator[tuple[int, int | bytes]]:
@@ -127,12 +122,12 @@ def _message(data: object) -> Iterator[tuple[int, int | bytes]]:
         raise ValueError("a message was expected")
     at = 0
     while at < len(data):
-        tag, at = _varint(data, at)
+        tag, at = _varints(data, at, 1)
         value: int | bytes
         if tag & 7 == 0:
-            value, at = _varint(data, at)
+            value, at = _varints(data, at, 1)
         elif tag & 7 == 2:
-            size, at = _varint(data, at)
+            size, at = _varints(data, at, 1)
             value, at = data[at : at + size], at + size
         elif tag & 7 == 5:
             value, at = struct.unpack_from("<I", data, at)[0], at + 4
