@@ -192,10 +192,7 @@ class GPT(nn.Module):
                 module.bias.zero_()
 
     def train(self, mode: bool = True) -> Self:
-        """As in nn.Module; matrices that lie in a file as (in, out) get rows first.
-
-        Fused optimisers go through a weight and its restored moments element by element.
-        """
+        """As in nn.Module; weights that lie as (in, out) in a file get rows, as fused AdamW needs."""
         for p in self.parameters() if mode else ():
             p.data = p.data.contiguous()
         return super().train(mode)
@@ -220,11 +217,7 @@ class GPT(nn.Module):
         return self._hidden(ids, cache, document_ids)
 
     def _hidden(
-        self,
-        ids: Tensor,
-        cache: KVCache | None = None,
-        document_ids: Tensor | None = None,
-        sparse: bool = False,
+        self, ids: Tensor, cache: KVCache | None, document_ids: Tensor | None, sparse: bool = False
     ) -> Tensor:
         self._check(ids, cache, document_ids)
         if cache is not None:
@@ -232,7 +225,8 @@ class GPT(nn.Module):
         else:
             positions = torch.arange(ids.shape[1], device=ids.device)[None]
             if document_ids is not None:
-                positions = positions - _document_starts(document_ids)
+                begins = document_ids.diff(prepend=document_ids[:, :1]) != 0
+                positions = positions - (begins * positions).cummax(1).values
         x = F.embedding(ids, self.tok_emb.weight, sparse=sparse) + self.pos_emb(positions)
         x = self.drop_emb(x)
         for block in self.blocks:
@@ -260,7 +254,7 @@ class GPT(nn.Module):
         # The head's gradient of a tied matrix is dense: adding the batch's rows to it spares a CPU
         # a second one of that size, a tenth of a step of GPT-2's.
         sparse = self.config.tie_weights and ids.is_cpu and not torch.compiler.is_compiling()
-        x = self._hidden(ids, document_ids=document_ids, sparse=sparse).flatten(0, 1)
+        x = self._hidden(ids, None, document_ids, sparse).flatten(0, 1)
         loss = ops.linear_cross_entropy(x, self.head_weight, targets.flatten(), reduction=reduction)
         return loss.view_as(targets) if reduction == "none" else loss
 
@@ -350,9 +344,3 @@ class GPT(nn.Module):
             f"{size / 1e6:,.1f} MB of {str(weight.dtype).removeprefix('torch.')} "
             f"on {weight.device}; {self.flops_per_token() / 1e6:,.1f} MFLOPs a token)"
         )
-
-
-def _document_starts(document_ids: Tensor) -> Tensor:
-    """Where the document of each token begins: (B, T) -> (B, T)."""
-    begins = document_ids.diff(prepend=document_ids[:, :1]) != 0
-    return (begins * torch.arange(document_ids.shape[1], device=begins.device)).cummax(1).values
