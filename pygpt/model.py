@@ -192,7 +192,7 @@ class GPT(nn.Module):
                 module.bias.zero_()
 
     def train(self, mode: bool = True) -> Self:
-        """As in nn.Module; weights that lie as (in, out) in a file get rows, as fused AdamW needs."""
+        """As in nn.Module; weights mapped as (in, out) become rows, as fused AdamW needs."""
         for p in self.parameters() if mode else ():
             p.data = p.data.contiguous()
         return super().train(mode)
