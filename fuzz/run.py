@@ -29,6 +29,7 @@ SEEDS = [
     "YQ== 97\nYWI= 256\r\n\n",
     "#version: 0.2\nĠ t\nĠt he\na b\n",
     "aaaaaaaaaaaaaaaaaaaa                 ^^^^^^^^^^^^\n\n\n\n\n    \n  \n" * 20,
+    "Words, and more words than one chunk of the splitter holds: día 日本語 1234.\n" * 64,
 ]
 
 

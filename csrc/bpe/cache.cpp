@@ -53,7 +53,7 @@ PieceCache::PieceCache(const Vocabulary& vocabulary)
 
 void PieceCache::clear() {
   std::memset(tables_.get(), 0, kWays * sizeof(Way) + kIndex * sizeof(uint32_t));
-  records_ = 0;
+  records_ = refused_ = 0;
   log_end_ = 1;
 }
 
@@ -111,43 +111,47 @@ uint32_t* PieceCache::encode(const uint8_t* piece, size_t size, ShortKey key, ui
   if (size <= kShortKey) {
     const Way* const set = set_of(hash);
     const Way* const way = set + differ(set->key, key);
-    if (!differ(way->key, key)) return emit(*way, piece, size, out);
+    if (!differ(way->key, key)) return emit(*way, out);
   }
-  if (log_end_ + kRecord > kLog || records_ > kIndex / 5 * 4) clear();
-  return emit(resolve(piece, size, key, hash), piece, size, out);
+  return resolve(piece, size, key, hash, out);
 }
 
-inline uint32_t* PieceCache::emit(const Way& way, const uint8_t* piece, size_t size,
-                                  uint32_t* out) {
+uint32_t* PieceCache::emit(const Way& way, uint32_t* out) const {
   std::memcpy(out, way.ids, sizeof way.ids + sizeof way.count);
-  if (way.count <= kInPlace) [[likely]]
-    return out + way.count;
-  if (way.count == kLong) return encode_cut(piece, size, out);
+  if (way.count <= kInPlace) return out + way.count;
   for (size_t i = 0, place = way.ids[0]; i < way.count; ++i, place += id_bytes_) {
     out[i] = id_at(place);
   }
   return out + way.count;
 }
 
-PieceCache::Way PieceCache::resolve(const uint8_t* piece, size_t size, ShortKey key,
-                                    uint64_t hash) {
+// A piece that does not stand in its set.
+uint32_t* PieceCache::resolve(const uint8_t* piece, size_t size, ShortKey key, uint64_t hash,
+                              uint32_t* out) {
   Way way{key, {vocabulary_.whole(piece, size, hash)}, 1};
-  if (way.ids[0] == Vocabulary::kNoToken) {
-    if (size > kLongest) return {key, {}, kLong};
+  uint32_t* end = out + 1;
+  if (way.ids[0] != Vocabulary::kNoToken) {
+    *out = way.ids[0];
+  } else if (size > kLongest) {
+    return encode_cut(piece, size, out);
+  } else {
     uint32_t record = find_record(piece, size, hash);
-    if (!record) {
-      uint32_t ids[kLongest + 4];
-      const size_t count = size > kShortKey ? encode_cut(piece, size, ids) - ids
-                                            : vocabulary_.merge(piece, size, ids);
-      record = add_record(piece, size, hash, ids, count);
+    if (record) {
+      way.count = log_[record + 1];
+      for (size_t i = 0; i < kInPlace; ++i) way.ids[i] = id_at(record + 2 + size + i * id_bytes_);
+    } else {
+      end = size > kShortKey ? encode_cut(piece, size, out)
+                             : out + vocabulary_.merge(piece, size, out);
+      way.count = static_cast<uint32_t>(end - out);
+      std::memcpy(way.ids, out, sizeof way.ids);
+      record = add_record(piece, size, hash, out, way.count);
+      if (!record && way.count > kInPlace) return end;
     }
-    way.count = log_[record + 1];
-    const size_t place = record + 2 + size;
-    for (size_t i = 0; i < kInPlace; ++i) way.ids[i] = id_at(place + i * id_bytes_);
-    if (way.count > kInPlace) way.ids[0] = static_cast<uint32_t>(place);
+    if (way.count > kInPlace) way.ids[0] = static_cast<uint32_t>(record + 2 + size);
+    end = emit(way, out);
   }
   if (size <= kShortKey) remember(way, hash);
-  return way;
+  return end;
 }
 
 void PieceCache::remember(const Way& way, uint64_t hash) {
@@ -189,6 +193,12 @@ uint32_t PieceCache::find_record(const uint8_t* piece, size_t size, uint64_t has
 
 uint32_t PieceCache::add_record(const uint8_t* piece, size_t size, uint64_t hash,
                                 const uint32_t* ids, size_t count) {
+  if (log_end_ + kRecord > kLog || records_ > kIndex / 5 * 4) {
+    // What is known goes on serving until as much again was turned away: a text a little larger
+    // than the log would find nothing in one that always starts anew.
+    if (++refused_ > records_) clear();
+    return 0;
+  }
   const auto record = static_cast<uint32_t>(log_end_);
   uint8_t* to = &log_[record];
   *to++ = static_cast<uint8_t>(size);

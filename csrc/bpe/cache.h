@@ -28,11 +28,10 @@ class PieceCache {
   struct Way {
     ShortKey key;
     uint32_t ids[kInPlace];  // ids[0]: where they stand in the log, when there are more
-    uint32_t count;          // kLong: the piece is too long to be remembered whole
+    uint32_t count;
   };
   static constexpr size_t kGroup = 32;
-  static constexpr size_t kLongest = 64;  // bytes of a piece in the log
-  static constexpr uint32_t kLong = ~0u;
+  static constexpr size_t kLongest = 255;  // bytes of a piece in the log
 
   static constexpr int kSetBits = 15;  // sets of two ways, a cache line each
   static constexpr size_t kWays = size_t{2} << kSetBits;
@@ -51,14 +50,15 @@ class PieceCache {
   uint32_t* encode(const uint8_t* piece, size_t size, ShortKey key, uint32_t* out);
   void fetch_missing(const uint8_t* base, const uint32_t* starts, const ShortKey* keys,
                      size_t count) const;
-  Way resolve(const uint8_t* piece, size_t size, ShortKey key, uint64_t hash);
+  uint32_t* resolve(const uint8_t* piece, size_t size, ShortKey key, uint64_t hash, uint32_t* out);
   uint32_t* encode_cut(const uint8_t* piece, size_t size, uint32_t* out);
-  uint32_t* emit(const Way& way, const uint8_t* piece, size_t size, uint32_t* out);
+  uint32_t* emit(const Way& way, uint32_t* out) const;
   void remember(const Way& way, uint64_t hash);
   void clear();
 
   // A record: size and count in a byte each, the piece, its ids in id_bytes_ each.
   uint32_t find_record(const uint8_t* piece, size_t size, uint64_t hash) const;  // 0: none
+  // 0: no room.
   uint32_t add_record(const uint8_t* piece, size_t size, uint64_t hash, const uint32_t* ids,
                       size_t count);
   uint32_t id_at(size_t place) const {
@@ -75,7 +75,7 @@ class PieceCache {
   std::unique_ptr<uint8_t[], Free> tables_, log_;
   Way* ways_;
   uint32_t* index_;
-  size_t records_ = 0, log_end_ = 1;
+  size_t records_ = 0, refused_ = 0, log_end_ = 1;
 };
 
 }  // namespace pygpt

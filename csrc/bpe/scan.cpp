@@ -28,7 +28,7 @@ bool PieceScanner::next() {
   if (text_ == end_) return false;
   const size_t left = end_ - text_;
   const bool at_end = left <= kChunk - 64;
-  if (at_end && !copied_) {  // so that whole blocks and keys can be read
+  if (left <= kChunk + kPadding && !copied_) {  // so that whole blocks and keys can be read
     std::memcpy(tail_, text_, left);
     std::memset(tail_ + left, 0, 2 * kPadding);
     text_ = tail_;
@@ -104,61 +104,63 @@ void PieceScanner::classify(size_t size) {
   if (size & 63) symbol_[blocks - 1] &= (uint64_t{1} << (size & 63)) - 1;
 }
 
+// The character at p, where four bytes can be read; the usual sizes first.
+inline Char next_char(const uint8_t* p, const uint8_t* end) {
+  uint32_t bytes;
+  std::memcpy(&bytes, p, sizeof bytes);
+  if ((bytes & 0xC0C0F0) == 0x8080E0) {
+    const uint32_t code = (bytes & 0x0F) << 12 | (bytes >> 2 & 0xFC0) | (bytes >> 16 & 0x3F);
+    if (code >= 0x800 && end - p >= 3) return {class_of(code), 3};
+  } else if ((bytes & 0xC0E0) == 0x80C0) {
+    const uint32_t code = (bytes & 0x1F) << 6 | (bytes >> 8 & 0x3F);
+    if (code >= 0x80 && end - p >= 2) return {class_of(code), 2};
+  }
+  return char_at(p, end);
+}
+
 void PieceScanner::classify_unicode(size_t blocks) {
   const bool cased = pattern_ == Pattern::kO200k;
-  uint64_t odd = 0;
+  uint64_t spill[8] = {};  // of each class, bytes of a character that began in the block before
   for (size_t i = 0; i < blocks; ++i) {
-    uint64_t high = classes_[i].high & ~continuation_[i];
-    while (high) {
-      const size_t shift = std::countr_zero(high), p = 64 * i + shift;
-      const Char c = char_at(base_ + p, end_);
+    uint64_t here[8];
+    std::memcpy(here, spill, sizeof here);
+    std::memset(spill, 0, sizeof spill);
+    // Places in `here` and `spill` are data, not branches: classes cannot be foretold.
+    for (uint64_t high = classes_[i].high & ~continuation_[i]; high;) {
+      const int shift = std::countr_zero(high);
+      const Char c = next_char(base_ + 64 * i + shift, end_);
       const uint64_t bytes = (uint64_t{1} << c.size) - 1;
-      const uint64_t here = bytes << shift;
-      const uint64_t there = shift > 60 ? bytes >> (64 - shift) : 0;
-      high &= ~here;
+      here[c.cls] |= bytes << shift;
+      spill[c.cls] |= bytes >> 1 >> (63 - shift);
       continuation_[i] |= (bytes - 1) << shift;
-      continuation_[i + 1] |= there;
-      const auto mark = [&](uint64_t* mask) {
-        mask[i] |= here;
-        mask[i + 1] |= there;
-      };
-      switch (c.cls) {
-        case kUpper:
-          mark(letter_);
-          if (cased) mark(upper_);
-          break;
-        case kLower:
-          mark(letter_);
-          if (cased) mark(lower_);
-          break;
-        case kCaseless:
-          mark(letter_);
-          if (cased) mark(caseless_);
-          break;
-        case kMark:
-          if (!cased) break;
-          if (p && test(letter_, p - 1)) {
-            mark(letter_);
-            mark(caseless_);
-          } else {
-            odd_[i] |= odd = uint64_t{1} << shift;
-          }
-          break;
-        case kNumber:
-          mark(numeral_);
-          odd_[i] |= odd = pattern_ == Pattern::kGpt2 ? 0 : uint64_t{1} << shift;
-          break;
-        case kSpace:
-        case kNewline:
-          mark(blank_);
-          odd_[i] |= odd = uint64_t{1} << shift;
-          break;
-        case kOther:
-          break;
-      }
-      any_odd_ |= odd != 0;
+      continuation_[i + 1] |= (bytes - 1) >> 1 >> (63 - shift);
+      high &= ~(bytes << shift);
     }
+    const uint64_t firsts = ~continuation_[i];
+    letter_[i] |= here[kUpper] | here[kLower] | here[kCaseless];
+    numeral_[i] |= here[kNumber];
+    blank_[i] |= here[kSpace] | here[kNewline];
+    odd_[i] = (here[kSpace] | here[kNewline]) & firsts;
+    if (pattern_ != Pattern::kGpt2) odd_[i] |= here[kNumber] & firsts;
+    if (cased) {
+      upper_[i] |= here[kUpper];
+      lower_[i] |= here[kLower];
+      caseless_[i] |= here[kCaseless];
+      each_bit(here[kMark], i, [&](size_t p) {  // marks go with the letters before them
+        if (p && test(letter_, p - 1)) {
+          set(letter_, p);
+          set(caseless_, p);
+        } else if (!test(continuation_, p)) {
+          set(odd_, p);
+        }
+      });
+    }
+    any_odd_ |= odd_[i] != 0;
   }
+  // What began in the last block and ends after it; nothing but its class is asked for there.
+  letter_[blocks] |= spill[kUpper] | spill[kLower] | spill[kCaseless];
+  numeral_[blocks] |= spill[kNumber];
+  blank_[blocks] |= spill[kSpace] | spill[kNewline];
 }
 
 void PieceScanner::find_gpt2_starts(size_t words) {

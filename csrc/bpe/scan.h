@@ -70,7 +70,7 @@ class PieceScanner {
   bool any_odd_ = false;
   ByteClasses classes_[kBlocks + 1];
   uint32_t starts_[kChunk + 16];
-  uint8_t tail_[kChunk + kPadding];
+  uint8_t tail_[kChunk + 3 * kPadding];
 };
 
 }  // namespace pygpt
