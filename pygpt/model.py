@@ -134,6 +134,8 @@ class FeedForward(nn.Module):
         self.gelu = F.gelu if config.exact_gelu else ops.gelu
 
     def forward(self, x: Tensor) -> Tensor:  # (B, T, C) -> (B, T, C)
+        if self.gelu is ops.gelu and type(self.down) is Linear:  # LoRA's wants gelu's result
+            return ops.gelu_linear(self.up(x), self.down.weight, self.down.bias)
         return self.down(self.gelu(self.up(x)))  # type: ignore[no-any-return]
 
 

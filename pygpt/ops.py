@@ -11,7 +11,7 @@ import ctypes
 import functools
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -905,13 +905,19 @@ def _linear_backward_native(
     grad: Tensor, x: Tensor, weight: Tensor, needed: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The needed ones among the gradients of x, weight and bias (else empty tensors)."""
+    return _linear_gradients(_sgemm, grad, x, weight, needed)
+
+
+def _linear_gradients(
+    product: Callable[..., Tensor], grad: Tensor, x: Tensor, weight: Tensor, needed: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
     rows, grads = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
     dx, dweight, dbias = _linear_backward_fake(grad, x, weight, needed)
     # forward: out = x weight^T + bias
     if needed[0]:
-        _sgemm(grads, weight, dx.view(rows.shape))
+        product(grads, weight, dx.view(rows.shape))
     if needed[1]:
-        _sgemm(grads.t(), rows, dweight) if len(rows) else dweight.zero_()
+        product(grads.t(), rows, dweight) if len(rows) else dweight.zero_()
     if needed[2]:
         torch.sum(grads, 0, out=dbias)
     return dx, dweight, dbias
@@ -1002,10 +1008,76 @@ def _gelu_grad(ctx: Any, grad: Tensor) -> Tensor:
 torch.library.register_autograd("pygpt::gelu", _gelu_grad, setup_context=_gelu_save, lib=_library)
 
 
+def gelu_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, impl: Impl = "auto"
+) -> Tensor:
+    """linear(gelu(x), weight, bias), which keeps x alone for its gradients.
+
+    x (..., C), weight (V, C), bias (V,); returns (..., V). The backward pass computes gelu(x) once
+    more: under a hundredth of a GPT's step, for a quarter less memory of its activations.
+
+    >>> gelu_linear(torch.zeros(1, 2), torch.ones(3, 2))
+    tensor([[0., 0., 0.]])
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    native = x.device.type == "cpu" and x.dtype == weight.dtype and x.dtype in _NATIVE_DTYPES
+    learns = torch.is_grad_enabled() and x.numel() >= _SGEMM_ROWS * x.shape[-1]
+    if _resolve(impl, native=native, auto=learns) == "native":
+        return torch.ops.pygpt.gelu_linear(x, weight, bias)  # type: ignore[no-any-return]
+    return linear(gelu(x), weight, bias)
+
+
+_library.define("gelu_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")  # type: ignore[no-untyped-call]
+_library.define(  # type: ignore[no-untyped-call]
+    "gelu_linear_backward(Tensor grad, Tensor x, Tensor weight, bool[] needed) "
+    "-> (Tensor, Tensor, Tensor)"
+)
+
+
+@torch.library.impl(_library, "gelu_linear", "CPU")
+def _gelu_linear_native(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    out = x.new_empty(*x.shape[:-1], weight.shape[0])
+    rows = _gelu_native(x).view(-1, x.shape[-1])
+    _product(rows, weight.t(), out.view(-1, weight.shape[0]), bias)
+    return out
+
+
+torch.library.register_fake("pygpt::gelu_linear", _linear_fake, lib=_library)
+
+
+@torch.library.impl(_library, "gelu_linear_backward", "CPU")
+def _gelu_linear_backward_native(
+    grad: Tensor, x: Tensor, weight: Tensor, needed: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The needed ones among the gradients of x, weight and bias (else empty tensors)."""
+    hidden = _gelu_native(x)
+    dhidden, dweight, dbias = _linear_gradients(_product, grad, hidden, weight, needed)
+    # forward: hidden = gelu(x)
+    return _gelu_backward_native(dhidden, x) if needed[0] else dhidden, dweight, dbias
+
+
+torch.library.register_fake("pygpt::gelu_linear_backward", _linear_backward_fake, lib=_library)
+
+
+def _gelu_linear_grad(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    needed = [*ctx.needs_input_grad[:2], ctx.has_bias and ctx.needs_input_grad[2]]
+    gradients = torch.ops.pygpt.gelu_linear_backward(grad, *ctx.saved_tensors, needed)
+    return tuple(g if need else None for g, need in zip(gradients, needed, strict=True))
+
+
+torch.library.register_autograd(
+    "pygpt::gelu_linear", _gelu_linear_grad, setup_context=_linear_save, lib=_library
+)
+
+
 # --- cross-entropy ------------------------------------------------------------------
 
 Reduction = Literal["mean", "sum", "none"]
 
+# Below this many logits there is nothing to save, and torch's calls cost less than ours.
+_FEW_LOGITS = 1 << 18
 # Bytes of logits that linear_cross_entropy holds at a time.
 _LOGITS_BYTES, _CUDA_LOGITS_BYTES = 1 << 26, 1 << 29
 
@@ -1079,7 +1151,12 @@ def linear_cross_entropy(
     if dtype == x.dtype and not weight.dtype == x.dtype:
         raise ValueError(f"x and weight must have one dtype, got {x.dtype} and {weight.dtype}")
     native = not _why_no_kernel(x.device) and dtype in _NATIVE_DTYPES
-    match _resolve(impl, native=native, auto=_auto_takes("linear_cross_entropy", x.device)):
+    auto = _auto_takes("linear_cross_entropy", x.device)
+    few = x.shape[0] * weight.shape[0] < _FEW_LOGITS
+    if few and x.is_cpu and not torch.compiler.is_compiling():
+        auto, targets = False, targets.contiguous()
+        _native.count_targets(targets.data_ptr(), len(targets), len(weight), ignore_index)
+    match _resolve(impl, native=native, auto=auto):
         case "native":
             needed = [
                 torch.is_grad_enabled() and tensor is not None and tensor.requires_grad

@@ -62,3 +62,56 @@ def test_the_registered_ops_are_sound():
     x = torch.randn(5, 7, requires_grad=True)
     torch.library.opcheck(torch.ops.pygpt.gelu.default, (x,))
     torch.library.opcheck(torch.ops.pygpt.gelu_backward.default, (x.detach(), x.detach()))
+
+
+# --- gelu_linear ---
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gelu_and_linear_in_one_are_as_exact_as_torch(dtype, bias):
+    g = torch.Generator().manual_seed(1)
+    leaves = [torch.randn(shape, generator=g) for shape in ((5, 27, 70), (33, 70), (33,))]
+    leaves = [t.to(dtype).requires_grad_() for t in leaves[: 2 + bias]]
+    upstream = torch.randn(5, 27, 33, generator=g)
+
+    def gradients(function, leaves):
+        out = function(*leaves)
+        return [out.detach(), *torch.autograd.grad(out, leaves, upstream.to(out.dtype))]
+
+    def naive(x, *rest):
+        return F.linear(tanh_gelu(x), *rest)
+
+    ours = gradients(lambda *t: ops.gelu_linear(*t, impl="native"), leaves)
+    plain = gradients(naive, leaves)
+    exact = gradients(naive, [t.detach().double().requires_grad_() for t in leaves])
+    for a, b, e in zip(ours, plain, exact, strict=True):
+        slack = 2 * torch.finfo(dtype).eps * e.abs().max()
+        error, allowed = (a - e).abs().max(), 2 * (b - e).abs().max() + slack
+        assert error <= allowed, f"error {error:.3g}, allowed {allowed:.3g}"
+
+
+def test_gelu_linear_keeps_its_input_alone():
+    kept = []
+    x, weight = torch.randn(100, 64, requires_grad=True), torch.randn(8, 64, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        ops.gelu_linear(x, weight)
+    assert {t.data_ptr() for t in kept} == {x.data_ptr(), weight.data_ptr()}
+
+
+def test_gelu_linear_computes_in_the_dtype_of_autocast():
+    x, weight = torch.randn(100, 64, requires_grad=True), torch.randn(8, 64, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = ops.gelu_linear(x, weight)
+    assert out.dtype == torch.bfloat16
+    gradients = torch.autograd.grad(out.float().sum(), (x, weight))
+    assert all(gradient.dtype == torch.float32 for gradient in gradients)
+
+
+def test_gelu_linears_registered_ops_are_sound():
+    x, weight, bias = (torch.randn(s, requires_grad=True) for s in ((66, 5), (3, 5), (3,)))
+    torch.library.opcheck(torch.ops.pygpt.gelu_linear.default, (x, weight, bias))
+    torch.library.opcheck(
+        torch.ops.pygpt.gelu_linear_backward.default,
+        (torch.randn(66, 3), x.detach(), weight.detach(), [True, True, True]),
+    )

@@ -123,11 +123,13 @@ void sgemm(const SgemmArgs& g) {
     for (int64_t n0 = 0; n0 < g.n; n0 += cols) {
       const int64_t width = min(cols, g.n - n0);
       const int64_t panels = ceil_div(width, kCols);
+      // Blocks of one depth, since the longest decides the error. Block kb of panel p begins at
+      // (kb step panels + p (depth of the block)) kCols.
       const int64_t k_blocks = ceil_div(depth, kDepth);
-      // Block kb of panel p begins at (kb kDepth panels + p (depth of the block)) kCols.
+      const int64_t step = ceil_div(depth, k_blocks * kLanes) * kLanes;
       parallel_tasks(panels * k_blocks, [&](int64_t task, int) {
-        const int64_t kb = task / panels * kDepth, p = task % panels;
-        const int64_t block = min(kDepth, depth - kb);
+        const int64_t kb = task / panels * step, p = task % panels;
+        const int64_t block = min(step, depth - kb);
         pack<kCols>(g.b + (k0 + kb) * g.b_k_stride + (n0 + p * kCols) * g.b_n_stride, g.b_n_stride,
                     g.b_k_stride, width - p * kCols, block,
                     packed_b + (kb * panels + p * block) * kCols);
@@ -136,8 +138,8 @@ void sgemm(const SgemmArgs& g) {
         float* rows = packed_a + worker * a_size;
         const int64_t m0 = task * task_panels * kRows;
         const int64_t height = min(task_panels * kRows, g.m - m0);
-        for (int64_t kb = 0; kb < depth; kb += kDepth) {
-          const int64_t block = min(kDepth, depth - kb);
+        for (int64_t kb = 0; kb < depth; kb += step) {
+          const int64_t block = min(step, depth - kb);
           for (int64_t r = 0; r < height; r += kRows) {
             pack<kRows>(g.a + (m0 + r) * g.a_m_stride + (k0 + kb) * g.a_k_stride, g.a_m_stride,
                         g.a_k_stride, height - r, block, rows + r * block);
