@@ -6,8 +6,10 @@
 // depend on their order. So every instruction set gives the same token. The loops are plain C++
 // that the compiler vectorises; only selection is scalar, and it sees few elements.
 //
-// What it costs, 50,257 float32 logits: reading and keys 5 us, weights 12 us; top-k adds a few us,
-// because blocks whose maximum is below the k-th largest block maximum are never looked at.
+// Top-k and top-p look only into blocks whose maximum reaches that of the k-th largest block, and
+// leave few candidates unless the distribution is flat; a histogram of all weights costs as much as
+// the rest together. Weights are never stored, but found again in the block that is drawn from.
+#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -16,6 +18,7 @@
 #include "core/parallel.h"
 #include "core/scratch.h"
 #include "cpu/kernels.h"
+#include "cpu/vec.h"
 
 namespace pygpt::PYGPT_ISA_NAMESPACE {
 namespace {
@@ -94,12 +97,10 @@ Cut select(Item* items, int64_t n, int64_t need) {
 }
 
 struct Row {
-  // Scratch: keys of the candidates in index order, their token ids (top-k only), their weights,
-  // bucket of each, maximum or sum per block, and room for selection.
+  // Scratch: keys of the candidates in index order, their token ids once some were left out,
+  // maximum or sum per block, and room for selection.
   int32_t* keys;
   int32_t* ids;
-  int64_t* weights;
-  uint16_t* buckets;
   int64_t* blocks;
   Item* items;
 };
@@ -109,19 +110,16 @@ int64_t blocks_of(int64_t n) { return (n + kBlock - 1) / kBlock; }
 Row take_scratch(int64_t vocab) {
   const auto padded = static_cast<size_t>(blocks_of(vocab) * kBlock);
   auto* p = static_cast<char*>(
-      scratch(padded * (sizeof(Item) + sizeof(int64_t) + 2 * sizeof(int32_t) + sizeof(uint16_t)) +
-              padded / kBlock * sizeof(int64_t)));
+      scratch(padded * (sizeof(Item) + 2 * sizeof(int32_t)) + padded / kBlock * sizeof(int64_t)));
   Row row;
   const auto take = [&p](auto*& array, size_t n) {
     array = reinterpret_cast<std::remove_reference_t<decltype(array)>>(p);
     p += n * sizeof(*array);
   };
   take(row.items, padded);
-  take(row.weights, padded);
   take(row.blocks, padded / kBlock);
   take(row.keys, padded);
   take(row.ids, padded);
-  take(row.buckets, padded);
   return row;
 }
 
@@ -182,47 +180,57 @@ bool block_maxima(const Row& row, int64_t blocks, int32_t* max) {
   return least >= kNegativeInfinity && greatest < kPositiveInfinity && greatest > kNegativeInfinity;
 }
 
-// Leaves the k greatest keys, in index order, in row.keys and their tokens in row.ids.
-void keep_top_k(const Row& row, int64_t vocab, int64_t k) {
-  const int64_t blocks = blocks_of(vocab);
-  int32_t floor = kNegativeInfinity;  // at least k keys are not below it
-  if (k <= blocks) {
-    for (int64_t b = 0; b < blocks; ++b) {
-      row.items[b] = {static_cast<int32_t>(row.blocks[b]), 1};
-    }
-    floor = select(row.items, blocks, k).key;
-  }
-  int64_t n = 0;
-  for (int64_t b = 0; b < blocks; ++b) {
-    if (row.blocks[b] < floor) continue;
-    const int64_t end = (b + 1) * kBlock < vocab ? (b + 1) * kBlock : vocab;
-    for (int64_t i = b * kBlock; i < end; ++i) {
-      row.keys[n] = row.keys[i];
-      row.ids[n] = static_cast<int32_t>(i);
-      n += row.keys[n] >= floor;
-    }
-  }
-  for (int64_t i = 0; i < n; ++i) row.items[i] = {row.keys[i], 1};
-  const Cut cut = select(row.items, n, k);
-  int64_t ties = k - cut.above;
-  int64_t kept = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    const int32_t key = row.keys[i];
-    row.keys[kept] = key;
-    row.ids[kept] = row.ids[i];
-    kept += key > cut.key || (key == cut.key && ties-- > 0);
-  }
+// The k-th greatest block maximum, which at least k keys reach; every key does where k is too many.
+int32_t floor_of_blocks(const Row& row, int64_t blocks, int64_t k) {
+  if (k > blocks) return kNegativeInfinity;
+  for (int64_t b = 0; b < blocks; ++b) row.items[b] = {static_cast<int32_t>(row.blocks[b]), 1};
+  return select(row.items, blocks, k).key;
 }
 
-// Weight of each key, and the bucket of its u where top-p will ask for it.
-template <bool kWithBuckets>
-void weigh(const Row& row, int64_t blocks, int32_t max_key, float scale) {
-  const float max = bit_cast<float>(ordered(max_key));
-  for (int64_t b = 0; b < blocks; ++b) {
-    const int32_t* keys = row.keys + b * kBlock;
-    int64_t* weights = row.weights + b * kBlock;
-    uint16_t* buckets = row.buckets + b * kBlock;
-    float u[kBlock];
+// Leaves the keys above `key` and the first `ties` equal to it, in index order, and their tokens in
+// row.ids; returns how many.
+int64_t gather(const Row& row, int64_t n, int32_t key, int64_t ties) {
+  int64_t kept = 0;
+  for (int64_t b = 0; b < blocks_of(n); ++b) {
+    if (row.blocks[b] < key) continue;
+    const int64_t end = (b + 1) * kBlock < n ? (b + 1) * kBlock : n;
+    for (int64_t i = b * kBlock; i < end; ++i) {
+      const int32_t candidate = row.keys[i];
+      row.keys[kept] = candidate;
+      row.ids[kept] = static_cast<int32_t>(i);
+      kept += candidate > key || (candidate == key && ties > 0);  // no branch is foreseen here
+      ties -= candidate == key;
+    }
+  }
+  for (int64_t i = kept; i < blocks_of(kept) * kBlock; ++i) row.keys[i] = kNegativeInfinity;
+  return kept;
+}
+
+// The keys of blocks whose maximum is at least `floor`, of those not below it, as items.
+int64_t list(const Row& row, int64_t n, int32_t floor) {
+  int64_t kept = 0;
+  for (int64_t b = 0; b < blocks_of(n); ++b) {
+    if (row.blocks[b] < floor) continue;
+    const int64_t end = (b + 1) * kBlock < n ? (b + 1) * kBlock : n;
+    for (int64_t i = b * kBlock; i < end; ++i) {
+      row.items[kept] = {row.keys[i], 1};
+      kept += row.keys[i] >= floor;
+    }
+  }
+  return kept;
+}
+
+int64_t keep_top_k(const Row& row, int64_t vocab, int64_t k) {
+  const int64_t n = list(row, vocab, floor_of_blocks(row, blocks_of(vocab), k));
+  const Cut cut = select(row.items, n, k);
+  return gather(row, vocab, cut.key, k - cut.above);
+}
+
+struct Weigher {
+  float max, scale;  // scale: log2(e) / temperature
+
+  // Weights of one block of keys, from u, which is returned too.
+  void operator()(const int32_t* keys, int64_t* weights, float* u) const {
     for (int i = 0; i < kBlock; ++i) {
       const float x = (max - bit_cast<float>(ordered(keys[i]))) * scale;
       u[i] = x < 48.0f ? x : 48.0f;
@@ -239,58 +247,113 @@ void weigh(const Row& row, int64_t blocks, int32_t max_key, float scale) {
       const auto mantissa = static_cast<int32_t>(p * 0x1p24f);
       weights[i] = (static_cast<int64_t>(mantissa) << (kWeightBits - 24)) >> whole;
     }
-    if (kWithBuckets) {
-      for (int i = 0; i < kBlock; ++i) {
-        const int32_t bucket = (bit_cast<int32_t>(u[i]) >> 18) - kLowestBucket;
-        buckets[i] = static_cast<uint16_t>(bucket > 0 ? bucket : 0);
+  }
+  int64_t of(int32_t key) const {
+    int32_t keys[kBlock];
+    int64_t weights[kBlock];
+    float u[kBlock];
+    for (int32_t& k : keys) k = key;
+    (*this)(keys, weights, u);
+    return weights[0];
+  }
+  // The sum of a block's weights; with kFiltered of weights from `least` and keys from `floor`.
+  template <bool kFiltered>
+  int64_t sum(const int32_t* keys, int64_t least = 0, int32_t floor = 0) const {
+    int64_t weights[kBlock], total = 0;
+    float u[kBlock];
+    (*this)(keys, weights, u);
+    for (int i = 0; i < kBlock; ++i) {
+      const int64_t taken = kFiltered ? (weights[i] >= least) & (keys[i] >= floor) : 1;
+      total += weights[i] & -taken;
+    }
+    return total;
+  }
+};
+
+// The least key of the smallest set of greatest keys whose weight reaches top_p of all; those equal
+// to it that are too many become -inf.
+int32_t find_top_p(const Row& row, int64_t n, const Weigher& weigher, double top_p) {
+  const int64_t blocks = blocks_of(n);
+  int64_t weights[kBlock];
+  float u[kBlock];
+  // Of most distributions the keys above this floor, about one in a hundred, are enough.
+  const int32_t floor = floor_of_blocks(row, blocks, (3 * blocks + 4) / 5);
+  int64_t total = 0, listed = 0, above = 0, count = 0;
+  for (int64_t b = 0; b < blocks; ++b) {
+    const int32_t* keys = row.keys + b * kBlock;
+    weigher(keys, weights, u);
+    for (int i = 0; i < kBlock; ++i) total += weights[i];
+    if (row.blocks[b] < floor) continue;
+    for (int first = 0; first < kBlock; first += kLanes) {
+      uint32_t reach = bits(load(keys + first) > broadcast(floor - 1));
+      for (; reach; reach &= reach - 1) {
+        const int i = first + std::countr_zero(reach);
+        row.items[count++] = {keys[i], weights[i]};
+        listed += weights[i];
       }
     }
   }
-}
-
-// Zeroes the weights outside the smallest set of greatest keys whose weight reaches top_p of all.
-void keep_top_p(const Row& row, int64_t n, double top_p) {
-  int64_t mass[4][kBuckets] = {};  // four, so that equal neighbours do not wait for each other
-  const int64_t padded = blocks_of(n) * kBlock;
-  for (int64_t i = 0; i < padded; i += 4) {
-    for (int j = 0; j < 4; ++j) mass[j][row.buckets[i + j]] += row.weights[i + j];
-  }
-  int64_t total = 0;
-  for (int b = 0; b < kBuckets; ++b) {
-    mass[0][b] += mass[1][b] + mass[2][b] + mass[3][b];
-    total += mass[0][b];
-  }
   const auto wanted = static_cast<int64_t>(std::ceil(top_p * static_cast<double>(total)));
   const int64_t need = wanted < 1 ? 1 : wanted > total ? total : wanted;
-  int64_t above = 0;
-  int bucket = 0;
-  while (above + mass[0][bucket] < need) above += mass[0][bucket++];
-  int64_t count = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    if (row.buckets[i] == bucket) row.items[count++] = {row.keys[i], row.weights[i]};
+  if (listed < need) {               // a flat one: a histogram of u, then the items of one bucket
+    int64_t mass[4][kBuckets] = {};  // four, so that equal neighbours do not wait for each other
+    uint16_t buckets[kBlock];
+    const auto each_block = [&](const auto& f) {
+      for (int64_t b = 0; b < blocks; ++b) {
+        weigher(row.keys + b * kBlock, weights, u);
+        for (int i = 0; i < kBlock; ++i) {
+          const int32_t bucket = (bit_cast<int32_t>(u[i]) >> 18) - kLowestBucket;
+          buckets[i] = static_cast<uint16_t>(bucket > 0 ? bucket : 0);
+        }
+        f(row.keys + b * kBlock);
+      }
+    };
+    each_block([&](const int32_t*) {
+      for (int i = 0; i < kBlock; ++i) mass[i % 4][buckets[i]] += weights[i];
+    });
+    int reached = 0;
+    for (;; ++reached) {
+      const int64_t here =
+          mass[0][reached] + mass[1][reached] + mass[2][reached] + mass[3][reached];
+      if (above + here >= need) break;
+      above += here;
+    }
+    count = 0;
+    each_block([&](const int32_t* keys) {
+      for (int i = 0; i < kBlock; ++i) {
+        if (buckets[i] == reached) row.items[count++] = {keys[i], weights[i]};
+      }
+    });
   }
   const Cut cut = select(row.items, count, need - above);
-  int64_t ties = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    row.weights[i] = row.keys[i] >= cut.key ? row.weights[i] : 0;
-    ties += row.keys[i] == cut.key;
-  }
   int64_t left = need - above - cut.above;  // that the ties must give, the first ones first
-  if (ties == 1) return;
-  for (int64_t i = 0; i < n; ++i) {
-    if (row.keys[i] != cut.key) continue;
-    if (left <= 0) row.weights[i] = 0;
-    left -= row.weights[i];
+  for (int64_t b = 0; b < blocks; ++b) {
+    if (row.blocks[b] < cut.key) continue;
+    int32_t* keys = row.keys + b * kBlock;
+    int ties = 0;
+    for (int i = 0; i < kBlock; ++i) ties += keys[i] == cut.key;
+    for (int i = 0; ties > 0; ++i) {
+      if (keys[i] != cut.key) continue;
+      if (left <= 0) keys[i] = kNegativeInfinity;
+      left -= weigher.of(cut.key);
+      --ties;
+    }
   }
+  return cut.key;
 }
 
-// The first index at which the running sum of weights exceeds uniform * total.
-int64_t draw(const Row& row, int64_t n, double uniform) {
-  const int64_t blocks = blocks_of(n);
+// The first index at which the running sum of weights exceeds uniform * total. Of keys below
+// `floor`, and of weights below `least`, there is none.
+int64_t draw(const Row& row, int64_t n, const Weigher& weigher, int64_t least, int32_t floor,
+             double uniform) {
+  const bool filtered = least > 0 || floor > kNegativeInfinity;
   int64_t total = 0;
-  for (int64_t b = 0; b < blocks; ++b) {
+  for (int64_t b = 0; b < blocks_of(n); ++b) {
+    const int32_t* keys = row.keys + b * kBlock;
     int64_t sum = 0;
-    for (int i = 0; i < kBlock; ++i) sum += row.weights[b * kBlock + i];
+    if (row.blocks[b] >= floor) {
+      sum = filtered ? weigher.sum<true>(keys, least, floor) : weigher.sum<false>(keys);
+    }
     row.blocks[b] = sum;
     total += sum;
   }
@@ -298,9 +361,15 @@ int64_t draw(const Row& row, int64_t n, double uniform) {
   rest = rest < 0 ? 0 : rest < total ? rest : total - 1;
   int64_t b = 0;
   while (rest >= row.blocks[b]) rest -= row.blocks[b++];
-  int64_t i = b * kBlock;
-  while (rest >= row.weights[i]) rest -= row.weights[i++];
-  return i;
+  const int32_t* keys = row.keys + b * kBlock;
+  int64_t weights[kBlock];
+  float u[kBlock];
+  weigher(keys, weights, u);
+  for (int64_t i = 0;; ++i) {
+    if (weights[i] < least || keys[i] < floor) continue;
+    if (rest < weights[i]) return b * kBlock + i;
+    rest -= weights[i];
+  }
 }
 
 template <class T>
@@ -318,25 +387,17 @@ int64_t sample_row(const SampleArgs& args, int64_t r) {
     return i;
   }
   int64_t n = args.vocab;
+  const float scale = 0x1.715476p+0f / static_cast<float>(p.temperature);
+  const Weigher weigher{bit_cast<float>(ordered(max)),
+                        scale < 0x1.fffffep127f ? scale : 0x1.fffffep127f};
   const bool top_k = p.top_k > 0 && p.top_k < static_cast<double>(n);
   if (top_k) {
-    n = static_cast<int64_t>(p.top_k);
-    keep_top_k(row, args.vocab, n);
-    for (int64_t i = n; i < blocks_of(n) * kBlock; ++i) row.keys[i] = kNegativeInfinity;
+    n = keep_top_k(row, n, static_cast<int64_t>(p.top_k));
+    block_maxima(row, blocks_of(n), &max);
   }
-  const float scale = 0x1.715476p+0f / static_cast<float>(p.temperature);  // log2(e) / temperature
-  const float finite_scale = scale < 0x1.fffffep127f ? scale : 0x1.fffffep127f;
-  if (p.top_p < 1.0) {
-    weigh<true>(row, blocks_of(n), max, finite_scale);
-    keep_top_p(row, n, p.top_p);
-  } else {
-    weigh<false>(row, blocks_of(n), max, finite_scale);
-  }
-  if (p.min_p > 0.0) {
-    const auto least = static_cast<int64_t>(std::ceil(p.min_p * 0x1p40));
-    for (int64_t i = 0; i < n; ++i) row.weights[i] = row.weights[i] >= least ? row.weights[i] : 0;
-  }
-  const int64_t i = draw(row, n, args.uniforms[r]);
+  const int32_t floor = p.top_p < 1.0 ? find_top_p(row, n, weigher, p.top_p) : kNegativeInfinity;
+  const auto least = static_cast<int64_t>(std::ceil(p.min_p * 0x1p40));
+  const int64_t i = draw(row, n, weigher, least, floor, args.uniforms[r]);
   return top_k ? row.ids[i] : i;
 }
 
