@@ -22,12 +22,13 @@ from torch.nn import functional as F
 import pygpt
 from pygpt import training
 
+LONG = "gpt2 124M, long"  # minutes: only when asked for
 SHAPES = {  # (config, batch, tokens)
     "0.8M characters": ((65, 64, 128, 4, 4), 12, 64),
     "1M demo": ((1024, 128, 128, 4, 5), 16, 128),
     "14M": ((8192, 256, 384, 6, 6), 16, 256),
     "gpt2 124M": ((50257, 1024, 768, 12, 12), 4, 256),
-    "gpt2 124M, long": ((50257, 1024, 768, 12, 12), 2, 1024),
+    LONG: ((50257, 1024, 768, 12, 12), 2, 1024),
 }
 
 
@@ -171,7 +172,7 @@ def main():
     widths = (28, *([12] * len(sides)), *([8] * (len(sides) - 1)), 16)
     ratios = [f"/ {side}" for side in sides[1:]]
     row(("tokens a second", *sides, *ratios, "MB beyond state"), widths)
-    for name in options.shape or SHAPES:
+    for name in options.shape or [shape for shape in SHAPES if shape != LONG]:
         config, batch, tokens = SHAPES[name]
         ids, targets = torch.randint(0, config[0], (2, batch, tokens)).unbind()
         for dtype in options.dtype or ("fp32", "bf16"):
