@@ -76,9 +76,11 @@ uint32_t* PieceCache::encode(const PieceScanner& batch, uint32_t* out) {
     for (size_t i = 0; i < count; ++i) {
       const Way* const way = sets[i] + differ(sets[i]->key, keys[i]);
       std::memcpy(out, way->ids, sizeof way->ids + sizeof way->count);
-      if (differ(way->key, keys[i]) | (way->count > kInPlace)) [[unlikely]] {
+      if (differ(way->key, keys[i])) [[unlikely]] {
         if (!missing++ & many) fetch_missing(base, starts + i, keys + i, count - i);
         out = encode(base + starts[i], starts[i + 1] - starts[i], keys[i], out);
+      } else if (way->count > kInPlace) {
+        out = emit(*way, out);
       } else {
         out += way->count;
       }

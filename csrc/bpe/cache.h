@@ -33,15 +33,15 @@ class PieceCache {
   static constexpr size_t kGroup = 32;
   static constexpr size_t kLongest = 255;  // bytes of a piece in the log
 
-  static constexpr int kSetBits = 15;  // sets of two ways, a cache line each
-  static constexpr size_t kWays = size_t{2} << kSetBits;
+  static constexpr size_t kSets = 1 << 15;  // of two ways, a cache line each
+  static constexpr size_t kWays = 2 * kSets;
   static constexpr size_t kIndex = 5
                                    << 16;  // open addressing: tag << kPlaceBits | place in the log
   static constexpr int kPlaceBits = 23;
   static constexpr size_t kLog = 6'500'000;
   static constexpr size_t kRecord = 2 + kLongest + 3 * kLongest + 4;  // at most
 
-  Way* set_of(uint64_t hash) const { return ways_ + 2 * (hash >> (64 - kSetBits)); }
+  Way* set_of(uint64_t hash) const { return ways_ + 2 * ((hash >> 32) * kSets >> 32); }
   uint32_t* slot_of(uint64_t hash) const { return index_ + ((hash & 0xFFFFFFFF) * kIndex >> 32); }
   static uint32_t tag_of(uint64_t hash) {
     return static_cast<uint32_t>(hash >> 32) >> kPlaceBits << kPlaceBits;

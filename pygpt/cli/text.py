@@ -44,16 +44,31 @@ def train(
         json: Print one JSON object.
     """
     began = time.perf_counter()
-    texts = [text for file in list_files(files) for text in read_documents(file, text_key)]
+    characters = 0
+
+    def texts() -> Iterator[str]:  # one by one: the corpus may be larger than memory
+        nonlocal characters
+        for file in list_files(files):
+            for text in read_documents(file, text_key):
+                characters += len(text)
+                yield text
+
+    def show(done: int, total: int) -> None:
+        print(f"\r{done:,} of {total:,} merges", end="", file=sys.stderr, flush=True)
+
+    watched = sys.stderr.isatty()
     tok = Tokenizer.train(
-        texts,
+        texts(),
         vocab_size,
         pattern=pattern,
         special_tokens=special_tokens,
         min_frequency=min_frequency,
+        progress=show if watched else None,
     )
+    if watched:
+        print(file=sys.stderr)
     tok.save(out)
-    characters, seconds = sum(map(len, texts)), time.perf_counter() - began
+    seconds = time.perf_counter() - began
     if json:
         said = {"out": str(out), "n_vocab": tok.n_vocab, "characters": characters}
         print(json_module.dumps({**said, "seconds": round(seconds, 3)}))
