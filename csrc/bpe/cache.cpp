@@ -1,7 +1,6 @@
 #include "bpe/cache.h"
 
 #include <algorithm>
-#include <array>
 #include <cstring>
 #include <new>
 
@@ -9,29 +8,6 @@
 
 namespace pygpt {
 namespace {
-
-// kKeep[n] keeps the first n bytes of a key; `high` of a piece that is too long is like no short
-// one's.
-struct Keep {
-  uint64_t low, high, size;
-};
-constexpr auto kKeep = [] {
-  std::array<Keep, kShortKey + 2> keep{};
-  for (size_t n = 0; n <= kShortKey + 1; ++n) {
-    keep[n].low = n < 8 ? (uint64_t{1} << 8 * n) - 1 : ~uint64_t{0};
-    keep[n].high = n < 8 ? 0 : (uint64_t{1} << 8 * (std::min(n, kShortKey) - 8)) - 1;
-    keep[n].size = uint64_t{n} << 56;
-  }
-  return keep;
-}();
-
-// The key of a piece with 16 readable bytes.
-inline ShortKey key_at(const uint8_t* piece, size_t size) {
-  ShortKey key;
-  std::memcpy(&key, piece, sizeof key);
-  const Keep& keep = kKeep[std::min(size, kShortKey + 1)];
-  return {key.low & keep.low, (key.high & keep.high) | keep.size};
-}
 
 // No branch: which of a set's two ways holds a piece cannot be foretold.
 inline bool differ(ShortKey a, ShortKey b) { return ((a.low ^ b.low) | (a.high ^ b.high)) != 0; }

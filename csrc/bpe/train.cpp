@@ -11,10 +11,24 @@ namespace pygpt {
 
 void PieceCounts::add_text(Pattern pattern, std::string_view text) {
   const auto* begin = reinterpret_cast<const uint8_t*>(text.data());
+  constexpr size_t kGroup = 32;  // keys made, and their places fetched, ahead of counting
+  ShortKey keys[kGroup];
   for (PieceScanner pieces(pattern, begin, text.size()); pieces.next();) {
-    const auto* base = reinterpret_cast<const char*>(pieces.base());
-    for (size_t i = 0; i < pieces.pieces(); ++i) {
-      add_piece({base + pieces.starts()[i], pieces.starts()[i + 1] - pieces.starts()[i]}, 1);
+    for (size_t from = 0; from < pieces.pieces(); from += kGroup) {
+      const uint32_t* const starts = pieces.starts() + from;
+      const size_t count = std::min(kGroup, pieces.pieces() - from);
+      for (size_t i = 0; i < count; ++i) {
+        keys[i] = key_at(pieces.base() + starts[i], starts[i + 1] - starts[i]);
+        if (used_) __builtin_prefetch(&slots_[hash_of(keys[i]) >> shift_]);
+      }
+      for (size_t i = 0; i < count; ++i) {
+        const size_t size = starts[i + 1] - starts[i];
+        if (size <= kShortKey) {
+          add_short(keys[i], 1);
+        } else {
+          add_piece({reinterpret_cast<const char*>(pieces.base()) + starts[i], size}, 1);
+        }
+      }
     }
   }
 }

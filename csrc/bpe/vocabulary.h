@@ -1,6 +1,8 @@
 // A vocabulary: the bytes of every token, the merge rules, and which tokens a whole piece may be.
 #pragma once
 
+#include <algorithm>
+#include <array>
 #include <cstdint>
 #include <cstring>
 #include <string>
@@ -30,6 +32,29 @@ inline uint64_t hash_of(ShortKey key) {
 ShortKey short_key(const uint8_t* bytes, size_t size);  // size <= kShortKey
 constexpr size_t kShortKey = 15;
 uint64_t hash_bytes(const uint8_t* bytes, size_t size);  // of any size
+
+// kKeep[n] keeps the first n bytes of a key; `high` of a piece that is too long is like no short
+// one's.
+struct Keep {
+  uint64_t low, high, size;
+};
+inline constexpr auto kKeep = [] {
+  std::array<Keep, kShortKey + 2> keep{};
+  for (size_t n = 0; n <= kShortKey + 1; ++n) {
+    keep[n].low = n < 8 ? (uint64_t{1} << 8 * n) - 1 : ~uint64_t{0};
+    keep[n].high = n < 8 ? 0 : (uint64_t{1} << 8 * (std::min(n, kShortKey) - 8)) - 1;
+    keep[n].size = uint64_t{n} << 56;
+  }
+  return keep;
+}();
+
+// The key of a piece with 16 readable bytes.
+inline ShortKey key_at(const uint8_t* piece, size_t size) {
+  ShortKey key;
+  std::memcpy(&key, piece, sizeof key);
+  const Keep& keep = kKeep[std::min(size, kShortKey + 1)];
+  return {key.low & keep.low, (key.high & keep.high) | keep.size};
+}
 
 class Vocabulary {
  public:
