@@ -1,9 +1,10 @@
 """Where each millisecond of a training step goes, beside what the machine's ceilings would allow.
 
 Parts are times on the calling thread as torch's profiler sees them, own kernels with all that they
-call; "Python and dispatch" is the rest of the wall clock. The floor of a part is its arithmetic at
-the best matrix-product rate of this machine, or its memory traffic at the best copying rate,
-whichever is longer; traffic counts each operand once, as if every activation came from memory.
+call (a feed-forward's second layer with its GELU); "Python and dispatch" is the rest of the wall
+clock. The floor of a part is its arithmetic at the best matrix-product rate of this machine, or its
+memory traffic at the best copying rate, whichever is longer; traffic counts each operand once, as
+if every activation came from memory.
 
     python benchmarks/profile_step.py --shape "gpt2 124M" --dtype bf16
 """
@@ -18,11 +19,17 @@ from bench_train_step import SHAPES, PlainGPT, stepper, twins
 from timing import interleaved, machine, row
 from torch.profiler import ProfilerActivity, profile
 
-from pygpt import ops
+from pygpt import ops, training
 
 PARTS = {  # the first of these names that an event or one of its callers begins with
     "head and loss": ("pygpt::linear_cross_entropy", "aten::cross_entropy", "aten::_log_softmax"),
-    "linear layers": ("pygpt::linear", "aten::linear", "aten::mm", "aten::addmm"),
+    "linear layers": (
+        "pygpt::linear",
+        "pygpt::gelu_linear",
+        "aten::linear",
+        "aten::mm",
+        "aten::addmm",
+    ),
     "attention": ("pygpt::causal_attention", "aten::_scaled_dot_product", "aten::scaled_dot"),
     "GELU": ("pygpt::gelu", "aten::gelu"),
     "LayerNorm": ("aten::layer_norm", "aten::native_layer_norm"),
@@ -88,7 +95,6 @@ def floors(
             3.5 * layers * tokens * 2 * (context + 1) * c,
             layers * tokens * size * 12 * c,
         ),
-        "GELU": (0, layers * tokens * size * 5 * 4 * c),
         "LayerNorm": (0, (2 * layers + 1) * tokens * size * 5 * c),
         "embedding": (0, 4 * tokens * size * c),
         "AdamW": (0, 28 * parameters),
@@ -112,6 +118,8 @@ def main():
     loss = model if isinstance(model, PlainGPT) else model.loss
     optimizer = torch.optim.AdamW(model.parameters(), 1e-4, fused=not options.plain)
     step = stepper(model, loss, optimizer, ids, targets, bf16)
+    if not options.plain:
+        training.keep_freed_memory()
     for _ in range(3):
         step()
     parts = measured_parts(step, options.steps)
@@ -127,6 +135,8 @@ def main():
     row(("part", "ms", "share", "floor ms"), widths)
     whole = sum(parts.values())
     for part, taken in sorted(parts.items(), key=lambda item: -item[1]):
+        if not taken:
+            continue
         row((part, f"{taken:.2f}", f"{taken / whole:.1%}", f"{least.get(part, 0):.2f}"), widths)
     row(("all", f"{whole:.2f}", "", f"{sum(least.values()):.2f}"), widths)
 
