@@ -828,7 +828,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, impl: Impl 
     if impl == "auto" and x.device.type != "cpu":
         return F.linear(x, weight, bias)  # in `backend("native")` too: there is no other
     wins = native and x.numel() >= _SGEMM_ROWS * x.shape[-1] and _sgemm_wins()
-    match _resolve(impl, native=native if impl == "native" else wins):
+    match _resolve(impl, native=native, auto=wins):
         case "native":
             return torch.ops.pygpt.linear(x, weight, bias)  # type: ignore[no-any-return]
         case _:

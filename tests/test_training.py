@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pygpt import GPT, GPTConfig, Tokenizer, TrainConfig, pretrain
+from pygpt import GPT, GPTConfig, Tokenizer, TrainConfig, ops, pretrain
 from pygpt.data import Dataset, prepare
 from pygpt.errors import DataError, NumericError, ResourceError, Stopped, UsageError
 from pygpt.training import Batch, Event, Pretraining, Run, fit, steps_for
@@ -475,6 +475,18 @@ def test_a_gpt_with_dropout_resumes_to_the_same_bits(
     cut = pretrain(small_gpt(seed=1), prepared, config, out=tmp_path / "cut")
     assert digest(cut.folder) == digest(whole.folder)
     assert whole.about["machine"]["dtype"] == dtype
+
+
+def test_two_hundred_steps_of_native_ops_lie_on_torchs(prepared: Dataset, tmp_path: Path) -> None:
+    losses = {}
+    config = changed(steps=200, batch_size=8, lr=1e-3, dtype="float32", eval_every=0)
+    for impl in ("native", "torch"):
+        with ops.backend(impl):
+            run = pretrain(small_gpt(drop_rate=0.0), prepared, config, out=tmp_path / impl)
+        losses[impl] = torch.tensor([m["loss"] for m in run.metrics if "loss" in m])
+    assert len(losses["torch"]) == 200
+    assert losses["torch"][-1] < losses["torch"][0] - 1
+    torch.testing.assert_close(losses["native"], losses["torch"], rtol=1e-4, atol=0)
 
 
 def test_evaluation_can_be_limited_to_some_batches(prepared: Dataset) -> None:
