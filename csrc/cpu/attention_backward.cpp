@@ -311,18 +311,20 @@ void attention_backward(const AttentionArgs& a) {
     return parts.used;
   };
   lay_out(call_scratch.get(lay_out(nullptr)));
-  run_tasks(heads * pieces, 2 * visible_pairs(call) * a.dim, [&](int64_t task) {
-    const int64_t piece = task / heads;  // early keys are seen most: first
-    const int64_t head = task % heads;
-    const int64_t b = head / a.kv_heads, kv_head = head % a.kv_heads;
-    const int64_t first = min(a.keys, piece * piece_keys), last = min(a.keys, first + piece_keys);
-    float* partial_dq = pieces > 1 ? dq + (head * pieces + piece) * group_dq : nullptr;
-    if (kHasPairs && call.pairs) {
-      backward_task<kHasPairs>(call, b, kv_head, first, last, partial_dq);
-    } else {
-      backward_task<false>(call, b, kv_head, first, last, partial_dq);
-    }
-  });
+  run_tasks(heads * pieces, (2 * visible_pairs(call) + heads * pieces * kTaskRows) * a.dim,
+            [&](int64_t task) {
+              const int64_t piece = task / heads;  // early keys are seen most: first
+              const int64_t head = task % heads;
+              const int64_t b = head / a.kv_heads, kv_head = head % a.kv_heads;
+              const int64_t first = min(a.keys, piece * piece_keys),
+                            last = min(a.keys, first + piece_keys);
+              float* partial_dq = pieces > 1 ? dq + (head * pieces + piece) * group_dq : nullptr;
+              if (kHasPairs && call.pairs) {
+                backward_task<kHasPairs>(call, b, kv_head, first, last, partial_dq);
+              } else {
+                backward_task<false>(call, b, kv_head, first, last, partial_dq);
+              }
+            });
   if (pieces == 1) return;
   run_tasks(a.batch * a.heads, heads * pieces * group_dq, [&](int64_t task) {
     const int64_t head = task / call.group, g = task % call.group;

@@ -220,7 +220,7 @@ void attention_forward(const AttentionArgs& a) {
   // A task packs the keys it needs, so heads are cut into pieces only where there are few of them.
   const int64_t blocks = (a.queries + kQueryBlock - 1) / kQueryBlock, heads = a.batch * a.kv_heads;
   const int64_t pieces = max(1, min(blocks / 2, (3 * num_threads() + heads - 1) / heads));
-  run_tasks(heads * pieces, work, [&](int64_t task) {
+  run_tasks(heads * pieces, work + heads * pieces * kTaskRows * a.dim, [&](int64_t task) {
     // Later pieces see more keys: they are shorter, and go first. Equal areas under the diagonal.
     const int64_t piece = pieces - 1 - task / heads, b = task % heads / a.kv_heads;
     const auto cut = [&](int64_t i) {

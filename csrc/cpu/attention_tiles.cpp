@@ -163,7 +163,8 @@ void pack_panels(DType dtype, const char* source, int64_t stride, int64_t rows, 
   const int64_t words = kPairs ? dim / 2 : dim;
   const DType as = kPairs ? DType::kFloat32 : dtype;  // a pair moves as one word
   for (int64_t first = 0; first < rows; first += kPanel, out += words * kPanel) {
-    for (int64_t block = 0; block < kPanel; block += kLanes) {
+    // Where no row is left score_tile is not asked for the second half of a panel.
+    for (int64_t block = 0; block < kPanel && first + block < rows; block += kLanes) {
       const int64_t row = first + block;
       for (int64_t d = 0; d < words; d += kLanes) {
         F32 lines[kLanes];
