@@ -53,9 +53,7 @@ size_t MergeRules::merge(const uint8_t* bytes, size_t size, uint32_t* out) const
 
 size_t MergeRules::merge_short(const uint8_t* bytes, size_t size, uint32_t* out) const {
   // best[i] = rank << 32 | i for the pair that begins at byte i, so that the minimum names the pair
-  // and ties go to the left; positions never move, absorbed ones become kNoPair. Of 64 bits, so
-  // that no compiler reads several of these fresh stores in one vector, which would wait for all of
-  // them.
+  // and ties go to the left; positions never move, absorbed ones become kNoPair.
   constexpr uint64_t kNoPair = ~uint64_t{0};
   uint32_t symbol[kShort];
   uint64_t best[kShort];
