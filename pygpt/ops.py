@@ -206,27 +206,15 @@ def causal_attention(
         seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=q.device)
     if chosen == "native":
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-        call = _attention_native if _unwatched(q, k, v) else torch.ops.pygpt.causal_attention
-        out: Tensor = call(q, k, v, scale, window or 0, document_ids, kv_lengths, dropout_p, seed)[
-            0
-        ]
+        out: Tensor = torch.ops.pygpt.causal_attention(
+            q, k, v, scale, window or 0, document_ids, kv_lengths, dropout_p, seed
+        )[0]
         return out
     if chosen == "torch":
         return _attention_torch(q, k, v, scale, window, document_ids, kv_lengths, dropout_p)
     return reference.causal_attention(
         q, k, v, scale, window, document_ids, kv_lengths, dropout_p, seed
     )
-
-
-def _unwatched(*tensors: Tensor) -> bool:
-    """Whether torch's dispatcher, which costs a small call half its time, may be left out: plain
-    CPU tensors, no gradient, no transform, mode or trace that wants to see the op."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return False
-    if torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state():
-        return False
-    plain = all(type(x) is Tensor and x.device.type == "cpu" for x in tensors)
-    return plain and not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
 
 
 def _why_not_native_attention(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
@@ -655,8 +643,7 @@ def sample(
     native = not _why_no_kernel(logits.device)
     match _resolve(impl, native=native, auto=_auto_takes("sample", logits.device)):
         case "native":
-            call = _sample_native if _unwatched(logits, uniforms) else torch.ops.pygpt.sample
-            tokens = call(*inputs)
+            tokens = torch.ops.pygpt.sample(*inputs)
         case "torch":
             tokens = _sample_torch(*inputs)
             if on_cpu and bool((tokens < 0).any()):
