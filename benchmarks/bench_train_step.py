@@ -15,12 +15,12 @@ import time
 from pathlib import Path
 
 import torch
-from timing import machine, row
+from timing import interleaved, machine, row
 from torch import nn
 from torch.nn import functional as F
 
 import pygpt
-from pygpt import training
+from pygpt import ops, training
 
 LONG = "gpt2 124M, long"  # minutes: only when asked for
 SHAPES = {  # (config, batch, tokens)
@@ -160,6 +160,24 @@ def timed(sides, shape, bf16, seconds):
     return [statistics.median(record) for record in times], beyond
 
 
+def compare_with_the_twins(shape="0.8M characters"):
+    """Native ops against their slow twins in pygpt/reference.py, at a small size."""
+    config, batch, tokens = SHAPES[shape]
+    model = twins(*config)[0]
+    ids, targets = torch.randint(0, config[0], (2, batch, tokens)).unbind()
+    optimizer = torch.optim.AdamW(model.parameters(), 0.0, fused=True)
+    step = stepper(model, model.loss, optimizer, ids, targets, False)
+
+    def slow(function):
+        with ops.backend("reference"):
+            return function()
+
+    ours, theirs = model.loss(ids, targets), slow(lambda: model.loss(ids, targets))
+    assert abs(ours - theirs) < 1e-4 * theirs, f"losses {ours} and {theirs}"
+    native, python = interleaved([step, lambda: slow(step)], 2.0)
+    print(f"{shape}: with the reference ops in Python {python / native:.1f} x as long")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shape", choices=SHAPES, action="append")
@@ -182,6 +200,7 @@ def main():
             against = [f"{time / times[0]:.2f}" for time in times[1:]]
             megabytes = " / ".join(f"{x / 1e6:.0f}" for x in beyond)
             row((f"{name}, {dtype}", *rates, *against, megabytes), widths)
+    compare_with_the_twins()
 
 
 if __name__ == "__main__":
