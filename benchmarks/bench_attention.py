@@ -9,34 +9,23 @@ one-query decoding and many small shapes instead.
 from __future__ import annotations
 
 import argparse
-import platform
-import statistics
-import time
 from collections.abc import Callable
 from functools import partial
 
 import torch
+from timing import interleaved, machine
 from torch import Tensor
 from torch.nn import functional as F
 
-from pygpt import _native, ops
+from pygpt import ops
 
 SHAPES = [(4, 256, 12, 64), (4, 1024, 12, 64), (1, 4096, 12, 64), (1, 2048, 16, 128)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def medians(calls: list[Callable[[], object]], seconds: float) -> list[float]:
-    """The median time of each, in turns."""
-    times: list[list[float]] = [[] for _ in calls]
-    for call in calls:
-        call()
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(times[0]) < 3:
-        for call, taken in zip(calls, times, strict=True):
-            start = time.perf_counter()
-            call()
-            taken.append(time.perf_counter() - start)
-    return [statistics.median(t) for t in times]
+    """The median time of each, in turns, in about `seconds` for all."""
+    return interleaved(calls, seconds / len(calls))
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -100,8 +89,7 @@ def main() -> None:
     options = parser.parse_args()
     seconds = 0.25 if options.quick else 1.5
     torch.manual_seed(0)
-    print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, ")
-    print(f"{_native.isa()} kernels, torch {torch.__version__}\n")
+    print(machine())
     if options.decode:
         print("one query, 12 heads of 64: us ours / SDPA, ratio")
         for dtype in DTYPES:

@@ -940,9 +940,11 @@ def _linear_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(x, weight)
 
 
-def _linear_grad(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _linear_grad(
+    ctx: Any, grad: Tensor, backward: Callable[..., Any] = torch.ops.pygpt.linear_backward
+) -> tuple[Tensor | None, ...]:
     needed = [*ctx.needs_input_grad[:2], ctx.has_bias and ctx.needs_input_grad[2]]
-    gradients = torch.ops.pygpt.linear_backward(grad, *ctx.saved_tensors, needed)
+    gradients = backward(grad, *ctx.saved_tensors, needed)
     return tuple(g if need else None for g, need in zip(gradients, needed, strict=True))
 
 
@@ -1026,7 +1028,7 @@ def gelu_linear(
     learns = torch.is_grad_enabled() and x.numel() >= _SGEMM_ROWS * x.shape[-1]
     if _resolve(impl, native=native, auto=learns) == "native":
         return torch.ops.pygpt.gelu_linear(x, weight, bias)  # type: ignore[no-any-return]
-    return linear(gelu(x), weight, bias)
+    return linear(gelu(x, impl=impl), weight, bias, impl=impl)
 
 
 _library.define("gelu_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")  # type: ignore[no-untyped-call]
@@ -1062,9 +1064,7 @@ torch.library.register_fake("pygpt::gelu_linear_backward", _linear_backward_fake
 
 
 def _gelu_linear_grad(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    needed = [*ctx.needs_input_grad[:2], ctx.has_bias and ctx.needs_input_grad[2]]
-    gradients = torch.ops.pygpt.gelu_linear_backward(grad, *ctx.saved_tensors, needed)
-    return tuple(g if need else None for g, need in zip(gradients, needed, strict=True))
+    return _linear_grad(ctx, grad, torch.ops.pygpt.gelu_linear_backward)
 
 
 torch.library.register_autograd(
