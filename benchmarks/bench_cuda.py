@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pygpt import GPT, GPTConfig, ops
+from pygpt.ops.sampling import sample_torch
 
 BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -201,7 +202,7 @@ def sampling() -> None:
         arguments = (logits, uniforms, parameters, None, None)
         sides = {
             "pygpt": lambda a=arguments: torch.ops.pygpt.sample(*a),
-            "pygpt from torch's ops": lambda a=arguments: ops._sample_torch(*a),
+            "pygpt from torch's ops": lambda a=arguments: sample_torch(*a),
             "sort, softmax, draw": usual,
         }
         assert torch.equal(sides["pygpt"](), sides["pygpt from torch's ops"]())

@@ -1,4 +1,4 @@
-// Python's door to csrc/cuda. Addresses, sizes and strides come in as they are; pygpt/ops.py has
+// Python's door to csrc/cuda. Addresses, sizes and strides come in as they are; pygpt/ops/ has
 // checked them. `launch` is the device's index and the stream's handle.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>

@@ -1,5 +1,5 @@
-// The door to torch's own thread pool. ops.py hands over the addresses of torch's C functions once;
-// before that (and in plain C++ builds) everything runs on the calling thread.
+// The door to torch's own thread pool. pygpt/ops/native.py hands over the addresses of torch's C
+// functions once; before that (and in plain C++ builds) everything runs on the calling thread.
 #pragma once
 
 #include <atomic>

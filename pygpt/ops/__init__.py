@@ -1,0 +1,30 @@
+"""The tensor door to native code: every check, allocation and native call of an op stands here.
+
+Backends: "native" is pygpt's own kernel, "torch" the same result from torch's ops, "reference" the
+slow twin in `pygpt.reference`. "auto" takes native where a kernel for the tensor exists.
+"""
+
+from pygpt.ops.activation import gelu, gelu_linear
+from pygpt.ops.attention import causal_attention
+from pygpt.ops.dispatch import Impl, backend, chosen_backend
+from pygpt.ops.linear_loss import linear_cross_entropy
+from pygpt.ops.loss import Reduction, cross_entropy
+from pygpt.ops.native import native_info
+from pygpt.ops.product import linear
+from pygpt.ops.sampling import Sampled, sample
+
+__all__ = [
+    "Impl",
+    "Reduction",
+    "Sampled",
+    "backend",
+    "causal_attention",
+    "chosen_backend",
+    "cross_entropy",
+    "gelu",
+    "gelu_linear",
+    "linear",
+    "linear_cross_entropy",
+    "native_info",
+    "sample",
+]

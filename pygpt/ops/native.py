@@ -1,0 +1,79 @@
+"""What every op needs to reach its kernels: addresses, threads, streams and registration."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pygpt import _native
+
+# The dtypes of csrc/cpu/kernels.h.
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def _share_torch_threads() -> None:
+    """Hand torch's thread pool to the native code, which has none of its own."""
+    library = ctypes.CDLL(torch._C.__file__)
+
+    def place(name: str) -> int:
+        return ctypes.cast(getattr(library, name), ctypes.c_void_p).value or 0
+
+    _native.set_torch_threads(place("torch_parallel_for"), place("torch_get_num_threads"))
+
+
+_share_torch_threads()
+
+
+def native_info() -> dict[str, Any]:
+    """What the native module is: its file, instruction sets (in use, available) and CUDA state."""
+    return {
+        "file": _native.__file__,
+        "isa": _native.isa(),
+        "available_isas": _native.available_isas(),
+        "cuda": _native.cuda_info(),
+    }
+
+
+_library = torch.library.Library("pygpt", "DEF")  # type: ignore[no-untyped-call]
+
+
+def register(
+    schema: str,
+    fake: Callable[..., Any],
+    *,
+    cpu: Callable[..., Any],
+    cuda: Callable[..., Any] | None = None,
+    save: Callable[..., None] | None = None,
+    backward: Callable[..., Any] | None = None,
+) -> None:
+    """Make an op of torch.ops.pygpt: `fake` gives its results' shapes to whoever traces it, `save`
+    keeps what `backward` needs."""
+    name = schema.partition("(")[0]
+    _library.define(schema)  # type: ignore[no-untyped-call]
+    _library.impl(name, cpu, "CPU")  # type: ignore[no-untyped-call]
+    if cuda is not None:
+        _library.impl(name, cuda, "CUDA")  # type: ignore[no-untyped-call]
+    torch.library.register_fake(f"pygpt::{name}", fake, lib=_library)
+    if backward is not None:
+        torch.library.register_autograd(
+            f"pygpt::{name}", backward, setup_context=save, lib=_library
+        )
+
+
+def address(x: Tensor | None) -> int:
+    """Where a tensor's data lies; 0 for none."""
+    return 0 if x is None else x.data_ptr()
+
+
+def rows(x: Tensor) -> Tensor:
+    """x, or a copy, such that its last dimension is contiguous."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def launch(x: Tensor) -> tuple[int, int]:
+    """Device and stream for a CUDA kernel."""
+    return x.get_device(), torch.cuda.current_stream(x.device).cuda_stream

@@ -1,0 +1,179 @@
+"""Matrix products: `linear`, and the product that other ops share."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pygpt import _native
+from pygpt.ops.dispatch import Impl, resolve
+from pygpt.ops.native import address, register
+
+# Below this many rows reading the weights dominates, and torch's product is as good.
+SGEMM_ROWS = 64
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, impl: Impl = "auto") -> Tensor:
+    """x weight^T + bias: F.linear, through an own float32 product where that beats torch's.
+
+    x (..., C), weight (V, C), bias (V,); returns (..., V). "auto" takes the native kernel on
+    machines where a measurement of a few milliseconds, made once, says that it wins.
+
+    >>> linear(torch.ones(1, 2), torch.tensor([[1.0, 2.0]]))
+    tensor([[3.]])
+    """
+    native = (
+        x.device.type == "cpu"
+        and x.dtype == weight.dtype == torch.float32
+        and not torch.is_autocast_enabled("cpu")
+        and x.dim() > 0
+        and x.shape[-1] == weight.shape[-1] > 0
+    )
+    if impl == "auto" and x.device.type != "cpu":
+        return F.linear(x, weight, bias)  # in `backend("native")` too: there is no other
+    wins = native and x.numel() >= SGEMM_ROWS * x.shape[-1] and _sgemm_wins()
+    match resolve(impl, native=native, auto=wins):
+        case "native":
+            return torch.ops.pygpt.linear(x, weight, bias)  # type: ignore[no-any-return]
+        case _:
+            return F.linear(x, weight, bias)
+
+
+def sgemm(
+    a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None = None, accumulate: bool = False
+) -> Tensor:
+    """out = a b + bias, or out += a b, in float32."""
+    a, b = (x if 1 in x.stride() else x.contiguous() for x in (a, b))
+    bias = None if bias is None else bias.contiguous()
+    _native.sgemm(
+        a.shape[0],
+        b.shape[1],
+        a.shape[1],
+        a.data_ptr(),
+        a.stride(0),
+        a.stride(1),
+        b.data_ptr(),
+        b.stride(0),
+        b.stride(1),
+        out.data_ptr(),
+        out.stride(0),
+        address(bias),
+        accumulate,
+    )
+    return out
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _sgemm_wins() -> bool:
+    """Whether the native product beats torch's on this machine."""
+    return _measure_sgemm()
+
+
+@functools.cache
+def _measure_sgemm() -> bool:
+    with torch.no_grad():
+        a, b, out = torch.ones(384, 512), torch.ones(512, 512), torch.empty(384, 512)
+        times: list[list[float]] = [[], []]
+        for _ in range(7):
+            for product, record in zip((sgemm, _torch_product), times, strict=True):
+                start = time.perf_counter()
+                product(a, b.t(), out)
+                record.append(time.perf_counter() - start)
+    return min(times[0]) < 0.9 * min(times[1])
+
+
+def _torch_product(
+    a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None = None, accumulate: bool = False
+) -> Tensor:
+    if bias is not None:
+        return torch.addmm(bias, a, b, out=out)
+    return out.addmm_(a, b, beta=float(accumulate))
+
+
+def product(
+    a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None = None, accumulate: bool = False
+) -> Tensor:
+    """out = a b + bias, or out += a b without a bias, by whichever is faster."""
+    faster = out.dtype == torch.float32 and not out.is_cuda and _sgemm_wins()
+    return (sgemm if faster else _torch_product)(a, b, out, bias, accumulate)
+
+
+def _forward_native(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    out = linear_fake(x, weight, bias)
+    sgemm(x.reshape(-1, x.shape[-1]), weight.t(), out.view(-1, weight.shape[0]), bias)
+    return out
+
+
+def linear_fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+def _backward_native(
+    grad: Tensor, x: Tensor, weight: Tensor, needed: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    return linear_gradients(sgemm, grad, x, weight, needed)
+
+
+def linear_gradients(
+    multiply: Callable[..., Tensor], grad: Tensor, x: Tensor, weight: Tensor, needed: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The needed ones among the gradients of x, weight and bias."""
+    rows, grads = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
+    dx, dweight, dbias = empty_gradients(x, weight, needed)
+    # forward: out = x weight^T + bias
+    if needed[0]:
+        multiply(grads, weight, dx.view(rows.shape))
+    if needed[1]:
+        multiply(grads.t(), rows, dweight) if len(rows) else dweight.zero_()
+    if needed[2]:
+        torch.sum(grads, 0, out=dbias)
+    return dx, dweight, dbias
+
+
+def empty_gradients(x: Tensor, weight: Tensor, needed: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for the needed ones among the gradients of x, weight and bias (else empty tensors)."""
+    return (
+        x.new_empty(x.shape if needed[0] else 0),
+        weight.new_empty(weight.shape if needed[1] else 0),
+        weight.new_empty(weight.shape[0] if needed[2] else 0),
+    )
+
+
+def linear_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, bias = inputs
+    ctx.has_bias = bias is not None
+    ctx.save_for_backward(x, weight)
+
+
+def linear_backward(
+    backward: Callable[..., Any], ctx: Any, grad: Tensor
+) -> tuple[Tensor | None, ...]:
+    needed = [*ctx.needs_input_grad[:2], ctx.has_bias and ctx.needs_input_grad[2]]
+    gradients = backward(grad, *ctx.saved_tensors, needed)
+    return tuple(g if need else None for g, need in zip(gradients, needed, strict=True))
+
+
+def register_linear(name: str, forward: Callable[..., Any], gradients: Callable[..., Any]) -> None:
+    """Make an op with the arguments and derivative of `linear`, and its backward op."""
+    register(
+        f"{name}_backward(Tensor grad, Tensor x, Tensor weight, bool[] needed) "
+        "-> (Tensor, Tensor, Tensor)",
+        lambda grad, *inputs: empty_gradients(*inputs),
+        cpu=gradients,
+    )
+    register(
+        f"{name}(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+        linear_fake,
+        cpu=forward,
+        save=linear_save,
+        backward=functools.partial(linear_backward, getattr(torch.ops.pygpt, f"{name}_backward")),
+    )
+
+
+register_linear("linear", _forward_native, _backward_native)
