@@ -182,6 +182,8 @@ void translate(std::exception_ptr error) {
     py::set_error(PyExc_KeyError, e.what());
   } catch (const DataError& e) {
     py::set_error(py::module_::import("pygpt.errors").attr("DataError"), e.what());
+  } catch (const ResourceError& e) {
+    py::set_error(py::module_::import("pygpt.errors").attr("ResourceError"), e.what());
   } catch (const UserError& e) {
     py::set_error(py::module_::import("pygpt.errors").attr("PygptError"), e.what());
   }

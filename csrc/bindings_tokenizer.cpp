@@ -220,14 +220,28 @@ Ids encode_files(const Bpe& bpe, const std::vector<std::string>& paths, int thre
 // Counts pieces of chunks or texts, each worker in a table of its own.
 class Trainer {
  public:
-  explicit Trainer(int threads) : counts_(static_cast<size_t>(std::max(threads, 1))) {}
+  // The tables take about `budget` bytes, what spills from them must fit into `memory` bytes.
+  Trainer(int threads, size_t budget, size_t memory) : memory_(memory) {
+    for (int i = 0; i < threads; ++i) counts_.emplace_back(budget / threads, &spill_);
+  }
 
   void add_texts(const std::string& pattern, const py::sequence& sequence) {
     const Texts texts(sequence);
+    std::vector<std::string_view> parts;
+    for (std::string_view text : texts.views) {
+      for (size_t cut; text.size() > kPart; text.remove_prefix(cut)) {
+        cut = last_safe_cut(text.substr(0, kPart));
+        if (!cut) break;
+        parts.push_back(text.substr(0, cut));
+      }
+      parts.push_back(text);
+    }
     const py::gil_scoped_release release;
-    run(texts.views.size(), [&](size_t i, PieceCounts& counts) {
-      counts.add_text(pattern_named(pattern), texts.views[i]);
-    });
+    for (size_t from = 0; from < parts.size(); from += kParts) {
+      run(std::min(kParts, parts.size() - from), [&](size_t i, PieceCounts& counts) {
+        counts.add_text(pattern_named(pattern), parts[from + i]);
+      });
+    }
   }
   void add_files(const std::string& pattern, const std::vector<std::string>& paths) {
     const py::gil_scoped_release release;
@@ -239,8 +253,6 @@ class Trainer {
         check_utf8(chunks[i]);
         counts.add_text(pattern_named(pattern), chunks[i].text);
       });
-      const py::gil_scoped_acquire gil;
-      if (PyErr_CheckSignals()) throw py::error_already_set();
     }
   }
   void add_pieces(const std::vector<std::pair<std::string, uint64_t>>& pieces) {
@@ -253,30 +265,55 @@ class Trainer {
       counts_[0].add_all(counts_[i]);
       counts_[i] = PieceCounts();
     }
-    return train_merges(counts_[0], merges, min_frequency, [&](size_t done) {
+    MergeTrainer trainer(memory_);
+    const auto hand_over = [&](const PieceCounts& counts) {
+      counts.each([&](std::string_view piece, uint64_t count) { trainer.add(piece, count); });
+    };
+    if (spill_.empty()) {
+      hand_over(counts_[0]);
+    } else {
+      spill_.add(counts_[0]);
+      for (size_t partition = 0; partition < PieceSpill::kPartitions; ++partition) {
+        PieceCounts counts;
+        spill_.read(partition, &counts);
+        hand_over(counts);
+        check_signals();
+      }
+    }
+    counts_[0] = PieceCounts();
+    return trainer.train(merges, min_frequency, [&](size_t done) {
       const py::gil_scoped_acquire gil;
       if (PyErr_CheckSignals()) throw py::error_already_set();
       if (!progress.is_none()) progress(done);
     });
   }
-  size_t distinct() const {
-    size_t total = 0;
-    for (const PieceCounts& counts : counts_) total += counts.distinct();
-    return total;
+  bool empty() const {
+    for (const PieceCounts& counts : counts_) {
+      if (!counts.empty()) return false;
+    }
+    return spill_.empty();
   }
 
  private:
+  static constexpr size_t kPart = 1 << 20, kParts = 64;  // of a text, at a time
   static Pattern pattern_named(const std::string& name) {
     if (name == "gpt2") return Pattern::kGpt2;
     if (name == "cl100k") return Pattern::kCl100k;
     if (name == "o200k") return Pattern::kO200k;
     throw std::invalid_argument("no native pattern '" + name + "'");
   }
+  static void check_signals() {
+    const py::gil_scoped_acquire gil;
+    if (PyErr_CheckSignals()) throw py::error_already_set();
+  }
   template <class Body>
   void run(size_t tasks, const Body& body) {
     run_tasks(tasks, static_cast<int>(counts_.size()),
               [&](size_t task, int worker) { body(task, counts_[static_cast<size_t>(worker)]); });
+    check_signals();
   }
+  size_t memory_;
+  PieceSpill spill_;
   std::vector<PieceCounts> counts_;
 };
 
@@ -309,12 +346,12 @@ void translate(std::exception_ptr error) {
 void bind_tokenizer(py::module_& m) {
   py::register_local_exception_translator(&translate);
   py::class_<Trainer>(m, "Trainer")
-      .def(py::init<int>())
+      .def(py::init<int, size_t, size_t>())
       .def("add_texts", &Trainer::add_texts)
       .def("add_files", &Trainer::add_files)
       .def("add_pieces", &Trainer::add_pieces)
       .def("train", &Trainer::train)
-      .def_property_readonly("distinct", &Trainer::distinct);
+      .def_property_readonly("empty", &Trainer::empty);
 
   py::class_<Bpe>(m, "Bpe")
       .def(py::init([](const std::vector<std::pair<std::string, uint32_t>>& tokens,

@@ -11,7 +11,9 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   const std::string_view text = text_of(data + 2, size - 2);
   PieceCounts pieces;
   pieces.add_text(pattern, text);
-  const auto merges = train_merges(pieces, wanted, 1 + data[0] / 3 % 3, [](size_t) {});
+  MergeTrainer trainer;
+  pieces.each([&](std::string_view piece, uint64_t count) { trainer.add(piece, count); });
+  const auto merges = trainer.train(wanted, 1 + data[0] / 3 % 3, [](size_t) {});
   CHECK(merges.size() <= wanted);
   std::vector<Token> tokens;
   for (uint32_t id = 0; id < 256; ++id) {

@@ -275,15 +275,20 @@ class Tokenizer:
         min_frequency: int = 2,
         num_threads: int | None = None,
         progress: Callable[[int, int], object] | None = None,
+        memory_budget: int = 1 << 30,
     ) -> Tokenizer:
         """Train a vocabulary of `vocab_size` tokens, special ones included.
 
         A str is a text, a Path a UTF-8 file. Ids 0 to 255 are the bytes in GPT-2's order, then come
         the merges, last the special tokens. Merges are those of Hugging Face's ByteLevel BPE
         trainer: the most frequent pair first, of equals the one of smallest ids; any number of
-        threads gives the same. Files may be larger than memory, their distinct pieces may not.
-        `progress(done, total)` is called during merging. Warns when no pair occurs `min_frequency`
-        times any more and the vocabulary stays smaller.
+        threads gives the same. `progress(done, total)` is called during merging. Warns when no pair
+        occurs `min_frequency` times any more and the vocabulary stays smaller.
+
+        The corpus may be larger than memory: counts of its distinct pieces beyond `memory_budget`
+        bytes go to unnamed files in TMPDIR (/tmp), and the merges stay the same. Merging itself
+        needs about 150 bytes for each distinct piece. Raises ResourceError when disk or memory do
+        not suffice.
         """
         wanted = vocab_size - 256 - len(special_tokens)
         if wanted < 0 or vocab_size > MAX_VOCAB_SIZE:
@@ -295,6 +300,8 @@ class Tokenizer:
             raise ValueError(f"special_tokens must be distinct and not empty, got {special_tokens}")
         if min_frequency < 0:
             raise ValueError(f"min_frequency must not be negative, got {min_frequency}")
+        if memory_budget < 1:
+            raise ValueError(f"memory_budget must be at least 1 byte, got {memory_budget}")
         if isinstance(texts_or_paths, str):
             raise ValueError(
                 "texts_or_paths is one str, which could be a text or a path: "
@@ -303,11 +310,11 @@ class Tokenizer:
         if isinstance(texts_or_paths, os.PathLike):
             texts_or_paths = [texts_or_paths]
 
-        trainer = _native.Trainer(_threads(num_threads))
-        _count_pieces(trainer, texts_or_paths, pattern)
-        if trainer.distinct == 0:
-            raise ValueError("the corpus is empty: there is no text to train on")
         report = (lambda done: progress(done, wanted)) if progress else None
+        trainer = _native.Trainer(_threads(num_threads), memory_budget, _physical_memory())
+        _count_pieces(trainer, texts_or_paths, pattern)
+        if trainer.empty:
+            raise ValueError("the corpus is empty: there is no text to train on")
         merges = trainer.train(wanted, min_frequency, report)
         if len(merges) < wanted:
             warnings.warn(
@@ -768,6 +775,11 @@ def _threads(num_threads: int | None) -> int:
     if num_threads < 1:
         raise ValueError(f"num_threads must be at least 1, got {num_threads}")
     return num_threads
+
+
+def _physical_memory() -> int:
+    """Bytes of memory that this machine has."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _special_pairs(special_tokens: Mapping[str, int]) -> list[tuple[str, int]]:

@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 import random
+import resource
 import string
 import threading
 from collections import Counter
@@ -480,6 +481,71 @@ def test_training_reports_progress_and_stops_on_request():
         Tokenizer.train([CORPUS], 400, progress=stop)
 
 
+def many_words(seed, count=20000):
+    rng = random.Random(seed)
+    words = ["".join(rng.choices("abcdefgh", k=5)) for _ in range(9000)]
+    return [f" {rng.choice(words)}" + "y" * rng.choice([0, 0, 0, 15, 40]) for _ in range(count)]
+
+
+def many_pieces(seed):
+    words = many_words(seed)
+    return ["".join(words[i : i + 1000]) for i in range(0, len(words), 1000)]
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("budget", [1, 10_000, 300_000])
+@pytest.mark.parametrize("pattern", ["gpt2", r" ?\w+"])
+def test_counts_beyond_the_memory_budget_go_to_disk_and_merges_stay_the_same(
+    threads, budget, pattern, tmp_path, monkeypatch
+):
+    texts = many_pieces(budget)
+    path = tmp_path / "last.txt"
+    path.write_text(texts[-1])
+    expected = Tokenizer.train(texts, 600, pattern=pattern)._native.merges()
+    folder = tmp_path / "spill"
+    monkeypatch.setenv("TMPDIR", str(folder))
+    corpus = [*texts[:-1], path]
+    options = {"pattern": pattern, "num_threads": threads, "memory_budget": budget}
+    with pytest.raises(ResourceError, match="No such file or directory while counts of pieces"):
+        Tokenizer.train(corpus, 600, **options)
+    folder.mkdir()
+
+    def watched():
+        for item in corpus:
+            yield item
+            assert not list(folder.iterdir())  # what spills has no name, so that nothing stays
+
+    tok = Tokenizer.train(watched(), 600, **options)
+    assert tok._native.merges() == expected
+
+
+def test_training_on_a_full_disk_says_so(tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with pytest.raises(ResourceError, match="File too large while .*set TMPDIR"):
+            Tokenizer.train(many_pieces(0) * 2, 300, memory_budget=100_000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.iterdir())
+
+
+def test_pieces_that_do_not_fit_into_memory_are_refused(monkeypatch):
+    monkeypatch.setattr(tokenizer, "_physical_memory", lambda: 100_000)
+    with pytest.raises(ResourceError, match="distinct pieces, too many"):
+        Tokenizer.train(many_pieces(0), 300)
+
+
+def test_one_long_text_is_cut_among_threads_without_a_trace():
+    words = [*many_words(1, 150_000), " " + "z" * 2_000_000, *many_words(2)]
+    text = "".join(words)
+    assert len(text) > 3 << 20
+    expected = Tokenizer.train(words, 500)._native.merges()
+    for threads in (1, 3):
+        assert Tokenizer.train([text], 500, num_threads=threads)._native.merges() == expected
+
+
 def test_training_says_when_pairs_run_out():
     with pytest.warns(UserWarning, match="instead of 1,000"):
         tok = Tokenizer.train(["abab"], 1000)
@@ -496,6 +562,7 @@ def test_training_says_when_pairs_run_out():
         (["a"], 10**9, {}, "vocab_size must be from 257"),
         (["a"], 300, {"min_frequency": -1}, "min_frequency"),
         (["a"], 300, {"num_threads": 0}, "num_threads"),
+        (["a"], 300, {"memory_budget": 0}, "memory_budget"),
         (["a"], 300, {"special_tokens": ("x", "x")}, "distinct"),
         (["a"], 300, {"special_tokens": ("",)}, "not empty"),
         (["a"], 300, {"pattern": "("}, "regular expression"),

@@ -2,223 +2,160 @@
 
 #include <algorithm>
 #include <array>
-#include <bit>
+#include <cstring>
 #include <queue>
+#include <string>
 
-#include "bpe/scan.h"
+#include "core/error.h"
 
 namespace pygpt {
-
-void PieceCounts::add_text(Pattern pattern, std::string_view text) {
-  const auto* begin = reinterpret_cast<const uint8_t*>(text.data());
-  constexpr size_t kGroup = 32;  // keys made, and their places fetched, ahead of counting
-  ShortKey keys[kGroup];
-  for (PieceScanner pieces(pattern, begin, text.size()); pieces.next();) {
-    for (size_t from = 0; from < pieces.pieces(); from += kGroup) {
-      const uint32_t* const starts = pieces.starts() + from;
-      const size_t count = std::min(kGroup, pieces.pieces() - from);
-      for (size_t i = 0; i < count; ++i) {
-        keys[i] = key_at(pieces.base() + starts[i], starts[i + 1] - starts[i]);
-        if (used_) __builtin_prefetch(&slots_[hash_of(keys[i]) >> shift_]);
-      }
-      for (size_t i = 0; i < count; ++i) {
-        const size_t size = starts[i + 1] - starts[i];
-        if (size <= kShortKey) {
-          add_short(keys[i], 1);
-        } else {
-          add_piece({reinterpret_cast<const char*>(pieces.base()) + starts[i], size}, 1);
-        }
-      }
-    }
-  }
-}
-
-void PieceCounts::add_piece(std::string_view piece, uint64_t count) {
-  if (piece.empty() || count == 0) return;
-  if (piece.size() > kShortKey) {
-    long_[std::string(piece)] += count;
-  } else {
-    add_short(short_key(reinterpret_cast<const uint8_t*>(piece.data()), piece.size()), count);
-  }
-}
-
-void PieceCounts::add_all(const PieceCounts& other) {
-  for (const Slot& slot : other.slots_) {
-    if (slot.count) add_short(slot.key, slot.count);
-  }
-  for (const auto& [piece, count] : other.long_) long_[piece] += count;
-}
-
-void PieceCounts::add_short(ShortKey key, uint64_t count) {
-  if (used_ * 2 >= slots_.size()) grow();
-  size_t i = hash_of(key) >> shift_;
-  while (slots_[i].count && slots_[i].key != key) i = (i + 1) & (slots_.size() - 1);
-  used_ += slots_[i].count == 0;
-  slots_[i].key = key;
-  slots_[i].count += count;
-}
-
-void PieceCounts::grow() {
-  std::vector<Slot> old(std::max<size_t>(1 << 12, slots_.size() * 4));
-  old.swap(slots_);
-  shift_ = 64 - std::countr_zero(slots_.size());
-  for (const Slot& slot : old) {
-    if (!slot.count) continue;
-    size_t i = hash_of(slot.key) >> shift_;
-    while (slots_[i].count) i = (i + 1) & (slots_.size() - 1);
-    slots_[i] = slot;
-  }
-}
-
 namespace {
 
-struct Pair {
-  uint32_t left, right;
-  auto operator<=>(const Pair&) const = default;
-};
-
-// Every pair that ever occurred: its count now, and the words in which it may still occur.
-class Pairs {
- public:
-  static constexpr uint32_t kNone = ~0u;
-
-  uint32_t index_of(Pair pair) {
-    if (pairs_.size() * 2 >= slots_.size()) grow();
-    size_t i = slot(pair);
-    while (slots_[i] != kNone) {
-      if (pairs_[slots_[i]] == pair) return slots_[i];
-      i = (i + 1) & (slots_.size() - 1);
-    }
-    slots_[i] = static_cast<uint32_t>(pairs_.size());
-    pairs_.push_back(pair);
-    counts_.push_back(0);
-    words_.push_back(kNone);
-    return slots_[i];
-  }
-  Pair pair(uint32_t index) const { return pairs_[index]; }
-  int64_t& count(uint32_t index) { return counts_[index]; }
-  void occurs_in(uint32_t index, uint32_t word) {
-    if (words_[index] != kNone && nodes_[words_[index]].word == word) return;
-    nodes_.push_back({word, words_[index]});
-    words_[index] = static_cast<uint32_t>(nodes_.size() - 1);
-  }
-  template <class Visit>
-  void each_word(uint32_t index, const Visit& visit) {
-    for (uint32_t n = words_[index]; n != kNone; n = nodes_[n].next) visit(nodes_[n].word);
-  }
-  size_t size() const { return pairs_.size(); }
-
- private:
-  struct Node {
-    uint32_t word, next;
-  };
-  size_t slot(Pair p) const {
-    return (uint64_t{p.left} << 32 | p.right) * 0x9E3779B97F4A7C15u >> shift_;
-  }
-  void grow() {
-    slots_.assign(std::max<size_t>(1 << 14, slots_.size() * 2), kNone);
-    shift_ = 64 - std::countr_zero(slots_.size());
-    for (uint32_t p = 0; p < pairs_.size(); ++p) {
-      size_t i = slot(pairs_[p]);
-      while (slots_[i] != kNone) i = (i + 1) & (slots_.size() - 1);
-      slots_[i] = p;
-    }
-  }
-
-  std::vector<Pair> pairs_;
-  std::vector<int64_t> counts_;
-  std::vector<uint32_t> words_;  // first node of each pair's list
-  std::vector<Node> nodes_;
-  std::vector<uint32_t> slots_;
-  int shift_ = 64;
-};
-
-struct Word {
-  size_t begin;
-  uint32_t size;
-  int64_t count;
-};
+constexpr uint32_t kNone = ~0u;
+constexpr size_t kHead = 3;  // of a word: count and size
 
 struct Candidate {
   int64_t count;
-  Pair pair;
-  uint32_t index;
+  uint32_t left, right, pair;
   bool operator<(const Candidate& b) const {
-    return count != b.count ? count < b.count : pair > b.pair;
+    if (count != b.count) return count < b.count;
+    return left != b.left ? left > b.left : right > b.right;
   }
 };
 
 }  // namespace
 
-std::vector<std::pair<uint32_t, uint32_t>> train_merges(
-    const PieceCounts& pieces, size_t merges, uint64_t min_frequency,
-    const std::function<void(size_t)>& progress) {
-  std::array<uint32_t, 256> id_of_byte;
-  for (uint32_t id = 0; id < 256; ++id) id_of_byte[gpt2_byte_order()[id]] = id;
+MergeTrainer::MergeTrainer(size_t memory) {
+  // The lists of words take about as much as the words, and as much again while they grow.
+  most_ = std::min<size_t>(memory / (3 * sizeof(uint32_t)), kNone);
+  pairs_.resize(1 << 16);
+  for (uint32_t p = 0; p < pairs_.size(); ++p) pairs_[p] = {0, p >> 8, p & 255};
+}
 
-  std::vector<uint32_t> symbols;  // all words, one after the other; merging shortens them in place
-  std::vector<Word> words;
-  Pairs pairs;
-  pieces.each([&](const uint8_t* piece, size_t size, uint64_t count) {
-    if (size < 2) return;
-    const auto word = static_cast<uint32_t>(words.size());
-    words.push_back({symbols.size(), static_cast<uint32_t>(size), static_cast<int64_t>(count)});
-    for (size_t i = 0; i < size; ++i) {
-      symbols.push_back(id_of_byte[piece[i]]);
-      if (i == 0) continue;
-      const uint32_t p = pairs.index_of({symbols[symbols.size() - 2], symbols.back()});
-      pairs.count(p) += static_cast<int64_t>(count);
-      pairs.occurs_in(p, word);
+void MergeTrainer::add(std::string_view piece, uint64_t count) {
+  static const auto id_of_byte = [] {
+    std::array<uint32_t, 256> ids;
+    for (uint32_t id = 0; id < 256; ++id) ids[gpt2_byte_order()[id]] = id;
+    return ids;
+  }();
+  ++pieces_;
+  if (piece.size() < 2) return;
+  if (words_.size() + kHead + piece.size() > most_) {
+    throw ResourceError("the corpus has more than " + std::to_string(pieces_) +
+                        " distinct pieces, too many to merge in this machine's memory: train on a "
+                        "part of it");
+  }
+  words_.push_back(static_cast<uint32_t>(count));
+  words_.push_back(static_cast<uint32_t>(count >> 32));
+  words_.push_back(static_cast<uint32_t>(piece.size() - 1));
+  uint32_t left = id_of_byte[static_cast<uint8_t>(piece[0])];
+  for (size_t i = 1; i < piece.size(); ++i) {
+    const uint32_t right = id_of_byte[static_cast<uint8_t>(piece[i])];
+    words_.push_back(left << 8 | right);
+    pairs_[words_.back()].count += static_cast<int64_t>(count);
+    left = right;
+  }
+}
+
+// Lists the words of the pairs from index `from` on, if they can still be merged: counts only fall.
+// each(visit) calls visit(pair, word) for all their occurrences, word by word.
+template <class EachOccurrence>
+void MergeTrainer::list_words(size_t from, int64_t minimum, const EachOccurrence& each) {
+  const auto distinct = [&](const auto& visit) {
+    last_.assign(pairs_.size() - from, kNone);
+    each([&](uint32_t pair, uint32_t word) {
+      if (last_[pair - from] == word || pairs_[pair].count < minimum) return;
+      last_[pair - from] = word;
+      visit(pair, word);
+    });
+  };
+  // Count, sum up so that each pair knows its end, and fill from the ends.
+  first_.resize(pairs_.size() + 1);
+  distinct([&](uint32_t pair, uint32_t) { ++first_[pair]; });
+  for (size_t p = from; p < pairs_.size(); ++p) first_[p + 1] += first_[p];
+  lists_.resize(first_.back());
+  distinct([&](uint32_t pair, uint32_t word) { lists_[--first_[pair]] = word; });
+}
+
+std::vector<std::pair<uint32_t, uint32_t>> MergeTrainer::train(
+    size_t merges, uint64_t min_frequency, const std::function<void(size_t)>& progress) {
+  const auto minimum = static_cast<int64_t>(std::max<uint64_t>(min_frequency, 1));
+  list_words(0, minimum, [&](const auto& visit) {
+    for (size_t w = 0; w < words_.size(); w += kHead + words_[w + 2]) {
+      for (size_t i = 0; i < words_[w + 2]; ++i) {
+        visit(words_[w + kHead + i], static_cast<uint32_t>(w));
+      }
     }
   });
-
-  const auto minimum = static_cast<int64_t>(std::max<uint64_t>(min_frequency, 1));
   std::priority_queue<Candidate> queue;
   const auto enqueue = [&](uint32_t p) {
-    if (pairs.count(p) >= minimum) queue.push({pairs.count(p), pairs.pair(p), p});
+    const Pair& pair = pairs_[p];
+    if (pair.count >= minimum) queue.push({pair.count, pair.left, pair.right, p});
   };
-  for (uint32_t p = 0; p < pairs.size(); ++p) enqueue(p);
+  for (uint32_t p = 0; p < pairs_.size(); ++p) enqueue(p);
 
   std::vector<std::pair<uint32_t, uint32_t>> result;
+  // By the other token, the pairs that have the token just made on their right, or on their left.
+  std::vector<uint32_t> made_right(256 + merges, kNone), made_left(256 + merges, kNone);
+  const auto count_new = [&](std::vector<uint32_t>& index, uint32_t other, Pair pair) {
+    if (index[other] == kNone) {
+      index[other] = static_cast<uint32_t>(pairs_.size());
+      pairs_.push_back({0, pair.left, pair.right});
+    }
+    pairs_[index[other]].count += pair.count;
+    return index[other];
+  };
+  struct Occurrence {
+    uint32_t pair, word;
+  };
+  std::vector<Occurrence> occurrences;
   while (result.size() < merges && !queue.empty()) {
     const Candidate top = queue.top();
     queue.pop();
-    if (top.count != pairs.count(top.index)) {  // counts only fall after a pair was made
-      enqueue(top.index);
+    if (top.count != pairs_[top.pair].count) {  // counts only fall after a pair was made
+      enqueue(top.pair);
       continue;
     }
     const auto made = static_cast<uint32_t>(256 + result.size());
-    result.emplace_back(top.pair.left, top.pair.right);
-    const size_t known = pairs.size();
-    std::vector<uint32_t> containing;
-    pairs.each_word(top.index, [&](uint32_t w) { containing.push_back(w); });
-    for (const uint32_t w : containing) {
-      Word& word = words[w];
-      uint32_t* const s = symbols.data() + word.begin;
+    result.emplace_back(top.left, top.right);
+    const size_t known = pairs_.size();
+    occurrences.clear();
+    const uint64_t last = first_[top.pair + 1];
+    for (uint64_t at = first_[top.pair]; at < last; ++at) {
+      if (at + 8 < last) __builtin_prefetch(&words_[lists_[at + 8]]);
+      const uint32_t w = lists_[at];
+      int64_t count;
+      std::memcpy(&count, &words_[w], sizeof count);
+      const uint32_t size = words_[w + 2];
+      uint32_t* const pairs = &words_[w + kHead];
       uint32_t kept = 0;
-      for (uint32_t i = 0; i < word.size; ++i) {
-        if (s[i] != top.pair.left || i + 1 == word.size || s[i + 1] != top.pair.right) {
-          s[kept++] = s[i];
+      for (uint32_t i = 0; i < size; ++i) {
+        if (pairs[i] != top.pair) {
+          pairs[kept++] = pairs[i];
           continue;
         }
-        if (kept > 0) {
-          pairs.count(pairs.index_of({s[kept - 1], top.pair.left})) -= word.count;
-          const uint32_t p = pairs.index_of({s[kept - 1], made});
-          pairs.count(p) += word.count;
-          pairs.occurs_in(p, w);
+        if (kept) {  // x left right: (x, left) becomes (x, made)
+          Pair& before = pairs_[pairs[kept - 1]];
+          before.count -= count;
+          pairs[kept - 1] = count_new(made_right, before.left, {count, before.left, made});
+          occurrences.push_back({pairs[kept - 1], w});
         }
-        if (i + 2 < word.size) {
-          pairs.count(pairs.index_of({top.pair.right, s[i + 2]})) -= word.count;
-          const uint32_t p = pairs.index_of({made, s[i + 2]});
-          pairs.count(p) += word.count;
-          pairs.occurs_in(p, w);
+        if (++i < size) {  // left right y: (right, y) becomes (made, y)
+          Pair& after = pairs_[pairs[i]];
+          after.count -= count;
+          pairs[kept++] = count_new(made_left, after.right, {count, made, after.right});
+          occurrences.push_back({pairs[kept - 1], w});
         }
-        s[kept++] = made;
-        ++i;
       }
-      word.size = kept;
+      words_[w + 2] = kept;
     }
-    for (auto p = static_cast<uint32_t>(known); p < pairs.size(); ++p) enqueue(p);
+    list_words(known, minimum, [&](const auto& visit) {
+      for (const Occurrence& o : occurrences) visit(o.pair, o.word);
+    });
+    for (auto p = static_cast<uint32_t>(known); p < pairs_.size(); ++p) {
+      (pairs_[p].right == made ? made_right[pairs_[p].left] : made_left[pairs_[p].right]) = kNone;
+      enqueue(p);
+    }
     if (result.size() % 256 == 0) progress(result.size());
   }
   progress(result.size());

@@ -1,59 +1,49 @@
-// Training: count the distinct pieces of a corpus, then merge the most frequent pair, again and
-// again.
+// Training: merge the most frequent pair of a corpus, again and again.
 #pragma once
 
 #include <cstdint>
 #include <functional>
-#include <string>
 #include <string_view>
-#include <unordered_map>
 #include <utility>
 #include <vector>
 
-#include "bpe/split.h"
-#include "bpe/vocabulary.h"
+#include "bpe/pieces.h"
 
 namespace pygpt {
 
-// Distinct pieces and how often each occurs.
-class PieceCounts {
+class MergeTrainer {
  public:
-  void add_text(Pattern pattern, std::string_view text);
-  void add_piece(std::string_view piece, uint64_t count);
-  void add_all(const PieceCounts& other);
-  size_t distinct() const { return used_ + long_.size(); }
+  // Throws ResourceError for pieces that need more than about `memory` bytes.
+  explicit MergeTrainer(size_t memory = ~size_t{0});
 
-  template <class Visit>
-  void each(const Visit& visit) const {
-    for (const Slot& slot : slots_) {
-      if (slot.count) visit(reinterpret_cast<const uint8_t*>(&slot.key), size_of(slot), slot.count);
-    }
-    for (const auto& [piece, count] : long_) {
-      visit(reinterpret_cast<const uint8_t*>(piece.data()), piece.size(), count);
-    }
-  }
+  void add(std::string_view piece, uint64_t count);  // every distinct piece once
+
+  // Merges in order, each a pair of ids; ids 0 to 255 are the bytes in GPT-2's order, 256 + i is
+  // made by merge i. The pair of the highest count goes first, of equals the one of smallest ids,
+  // which is the order of Hugging Face's trainer. Stops early when no pair occurs min_frequency
+  // times. `progress(done)` is called about every 256 merges and may throw to stop. Once only.
+  std::vector<std::pair<uint32_t, uint32_t>> train(size_t merges, uint64_t min_frequency,
+                                                   const std::function<void(size_t)>& progress);
 
  private:
-  struct Slot {
-    ShortKey key;
-    uint64_t count;
+  struct Pair {
+    int64_t count;
+    uint32_t left, right;
   };
-  static size_t size_of(const Slot& slot) { return slot.key.high >> 56; }
-  void add_short(ShortKey key, uint64_t count);
-  void grow();
+  template <class EachOccurrence>
+  void list_words(size_t from, int64_t minimum, const EachOccurrence& each);
 
-  std::vector<Slot> slots_;
-  size_t used_ = 0;
-  int shift_ = 64;
-  std::unordered_map<std::string, uint64_t> long_;
+  // Words one after the other, each its count (two places), its number of pairs, and the indices of
+  // its pairs; merging shortens it in place. A word is known by where it begins.
+  std::vector<uint32_t> words_;
+  uint64_t pieces_ = 0;
+  size_t most_;  // places in words_
+  // Every pair that ever occurred. All pairs with a token are found when it is made, and so are all
+  // words that they will ever occur in: pair p is in lists_[first_[p] .. first_[p + 1]).
+  std::vector<Pair> pairs_;
+  std::vector<uint64_t> first_{0};
+  std::vector<uint32_t> lists_;
+  std::vector<uint32_t> last_;  // of list_words(): the word seen last with each pair
 };
-
-// Merges in order, each a pair of ids; ids 0 to 255 are the bytes in GPT-2's order, 256 + i is made
-// by merge i. The pair of the highest count goes first, of equals the one of smallest ids, which is
-// the order of Hugging Face's trainer. Stops early when no pair occurs min_frequency times.
-// `progress(done)` is called about every 256 merges and may throw to stop.
-std::vector<std::pair<uint32_t, uint32_t>> train_merges(
-    const PieceCounts& pieces, size_t merges, uint64_t min_frequency,
-    const std::function<void(size_t)>& progress);
 
 }  // namespace pygpt

@@ -1,6 +1,6 @@
 // Errors that cross into Python. std::invalid_argument becomes ValueError, std::overflow_error
-// OverflowError, std::bad_alloc MemoryError; the two below become KeyError and RuntimeError-derived
-// pygpt.PygptError (DataError to pygpt.errors.DataError). bindings.cpp holds the translation.
+// OverflowError, std::bad_alloc MemoryError; those below become KeyError, pygpt.PygptError and the
+// classes of pygpt.errors of the same name. bindings.cpp holds the translation.
 #pragma once
 
 #include <stdexcept>
@@ -19,6 +19,11 @@ struct UserError : std::runtime_error {
 
 // A file whose content cannot be used.
 struct DataError : UserError {
+  using UserError::UserError;
+};
+
+// Not enough memory or disk.
+struct ResourceError : UserError {
   using UserError::UserError;
 };
 
