@@ -1,9 +1,11 @@
 """Training beside tokenizers, rustbpe, gigatoken and bpeasy: equal first, then timed.
 
-    python benchmarks/bench_tokenizer_train.py [--vocab-size 8192 50257] [--megabytes 26] [--quick]
+    python benchmarks/bench_tokenizer_train.py [--full] [--vocab-size 8192 ...] [--megabytes 26]
 
-Sides run in fresh processes and take turns. The corpus is the standard library's sources and, where
-PYGPT_DATA has them, its books. Merges are compared with Hugging Face's one by one.
+Sides run in fresh processes and take turns; MB of memory are what training adds. The corpus is the
+standard library's sources and, where PYGPT_DATA has them, books. Merges are compared with Hugging
+Face's one by one. --full takes both sizes and three rounds, and then up to 200 MB, the corpus repeated,
+for pygpt alone.
 """
 
 import argparse
@@ -31,6 +33,29 @@ def documents(megabytes: float) -> list[str]:
         text += text
     text = text[:size]
     return [text[i : i + 100_000] for i in range(0, len(text), 100_000)]
+
+
+def show_growth(vocab_size: int, threads: int) -> None:
+    print(f"more text, to {vocab_size}, {threads} threads")
+    for megabytes in (25, 50, 100, 200):
+        run = turn("pygpt", vocab_size, megabytes, threads)
+        per = run["seconds"] / megabytes * 1000
+        print(f"  {megabytes:>4} MB {run['seconds']:8.2f} s {per:6.1f} ms/MB", end="")
+        print(f"{run['megabytes']:8.0f} MB of memory")
+
+
+def turn(side: str, vocab_size: int, megabytes: float, threads: int) -> dict:
+    """One training in a fresh process."""
+    run = subprocess.run(
+        [sys.executable, __file__, "--measure", side, *map(str, (vocab_size, megabytes, threads))],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"RAYON_NUM_THREADS": str(threads)},
+        check=False,
+    )
+    if run.returncode:
+        raise SystemExit(f"{side}: {run.stderr}")
+    return json.loads(run.stdout.splitlines()[-1])
 
 
 def train(side: str, texts: list[str], size: int, threads: int) -> list | None:
@@ -100,40 +125,29 @@ def measure(side: str, size: int, megabytes: float, threads: int) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--measure", nargs=4, help=argparse.SUPPRESS)
-    parser.add_argument("--vocab-size", nargs="+", type=int, default=[8192, 50257])
+    parser.add_argument("--full", action="store_true")
+    parser.add_argument("--vocab-size", nargs="+", type=int)
     parser.add_argument("--megabytes", type=float, default=26)
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int)
     parser.add_argument("--peers", nargs="*", default=PEERS)
-    parser.add_argument("--quick", action="store_true", help="6 MB, one round")
     arguments = parser.parse_args()
-    if arguments.quick:
-        arguments.megabytes, arguments.rounds = 6, 1
     if arguments.measure:
         side, size, megabytes, threads = arguments.measure
         print(json.dumps(measure(side, int(size), float(megabytes), int(threads))))
         return
+    sizes = arguments.vocab_size or ([8192, 50257] if arguments.full else [8192])
+    rounds = arguments.rounds or (3 if arguments.full else 1)
     absent = [peer for peer in arguments.peers if importlib.util.find_spec(peer) is None]
     if absent:
         print(f"absent: {', '.join(absent)}")
     sides = ["pygpt", *(peer for peer in arguments.peers if peer not in absent)]
-    for size in arguments.vocab_size:
+    for size in sizes:
         for threads in arguments.threads:
             runs: dict[str, list[dict]] = {side: [] for side in sides}
-            for _ in range(arguments.rounds):
+            for _ in range(rounds):
                 for side in sides:
-                    values = [side, str(size), str(arguments.megabytes), str(threads)]
-                    environment = os.environ | {"RAYON_NUM_THREADS": str(threads)}
-                    run = subprocess.run(
-                        [sys.executable, __file__, "--measure", *values],
-                        capture_output=True,
-                        text=True,
-                        env=environment,
-                        check=False,
-                    )
-                    if run.returncode:
-                        raise SystemExit(f"{side}: {run.stderr}")
-                    runs[side].append(json.loads(run.stdout.splitlines()[-1]))
+                    runs[side].append(turn(side, size, arguments.megabytes, threads))
             print(f"{arguments.megabytes:g} MB to {size}, {threads} threads")
             for side in sides:
                 seconds = statistics.median(r["seconds"] for r in runs[side])
@@ -143,6 +157,9 @@ def main() -> None:
                 if side != "pygpt" and merges:
                     note = "equal" if merges == runs["pygpt"][0]["merges"] else "OTHER MERGES"
                 print(f"  {side:<12}{seconds:8.2f} s {memory:8.0f} MB  {note}")
+    if arguments.full:
+        for threads in arguments.threads:
+            show_growth(sizes[0], threads)
 
 
 if __name__ == "__main__":

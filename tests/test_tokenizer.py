@@ -524,7 +524,7 @@ def test_training_on_a_full_disk_says_so(tmp_path, monkeypatch):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
     try:
-        with pytest.raises(ResourceError, match="File too large while .*set TMPDIR"):
+        with pytest.raises(ResourceError, match=r"File too large while .*set TMPDIR"):
             Tokenizer.train(many_pieces(0) * 2, 300, memory_budget=100_000)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
