@@ -4,8 +4,8 @@
 
 Sides run in fresh processes and take turns; MB of memory are what training adds. The corpus is the
 standard library's sources and, where PYGPT_DATA has them, books. Merges are compared with Hugging
-Face's one by one. --full takes both sizes and three rounds, and then up to 200 MB, the corpus repeated,
-for pygpt alone.
+Face's one by one. --full takes both sizes and three rounds, and then up to 200 MB of the corpus,
+repeated, for pygpt alone.
 """
 
 import argparse
