@@ -79,10 +79,10 @@ def train(side: str, texts: list[str], size: int, threads: int) -> list | None:
             show_progress=False,
         )
         tok.train_from_iterator(texts, trainer)
-        from pygpt.tokenizer import _bytes_of
+        from pygpt.tokenizer.formats import bytes_of
 
         merges = json.loads(tok.to_str())["model"]["merges"]
-        return [[_bytes_of(part).hex() for part in pair] for pair in merges]
+        return [[bytes_of(part).hex() for part in pair] for pair in merges]
     if side == "rustbpe":
         import rustbpe
 

@@ -23,9 +23,11 @@ import tiktoken
 import tokenizers
 from tokenizers import models, pre_tokenizers, trainers
 
-from pygpt import Tokenizer, reference, tokenizer
+from pygpt import Tokenizer, reference
 from pygpt.errors import DataError, ResourceError
-from pygpt.tokenizer import PATTERNS, _byte_order
+from pygpt.tokenizer import PATTERNS, training
+from pygpt.tokenizer import published as publications
+from pygpt.tokenizer.formats import byte_order, to_hf
 
 CORPUS = (
     "It was the best of times, it was the worst of times; it's what we'll say they've said.\n\n"
@@ -67,6 +69,10 @@ BORDERS = [
 ]
 
 
+def hf_of(tok):
+    return to_hf(tok._contents, tok._native)
+
+
 def random_text(rng, characters=60):
     return "".join(rng.choice(BORDERS) for _ in range(rng.randrange(1, characters)))
 
@@ -80,7 +86,7 @@ def tok():
 def pair(request):
     """Ours and tiktoken's of one small vocabulary."""
     trained = Tokenizer.train([CORPUS], 390, pattern=request.param)
-    ranks = trained._ids_by_bytes
+    ranks = trained._mergeable_ranks
     special = {"<|endoftext|>": len(ranks), "<|end|>": len(ranks) + 1}
     arguments = {
         "pat_str": PATTERNS[request.param],
@@ -169,7 +175,7 @@ def test_corner_cases_encode_as_in_tiktoken(pair, text):
 
 
 def test_pieces_encode_as_the_twin_does(tok):
-    ranks = tok._ids_by_bytes
+    ranks = tok._mergeable_ranks
     pattern = regex.compile(PATTERNS["gpt2"])
     expected = [
         i for piece in pattern.findall(CORPUS) for i in reference.bpe_encode(ranks, piece.encode())
@@ -447,20 +453,20 @@ def test_merges_equal_hugging_faces(seed, tmp_path):
         tok = Tokenizer.train(
             [*texts[:-1], path], vocab_size, min_frequency=min_frequency, num_threads=threads
         )
-        assert tok._to_hf()["model"]["merges"] == expected
+        assert hf_of(tok)["model"]["merges"] == expected
 
 
 def test_merges_equal_hugging_faces_on_a_book(data_folder):
     text = (data_folder / "the-verdict.txt").read_text(encoding="utf-8")
     splitter = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tok = Tokenizer.train([text], 1000)
-    assert tok._to_hf()["model"]["merges"] == hugging_face_merges([text], 1000, 2, splitter)
+    assert hf_of(tok)["model"]["merges"] == hugging_face_merges([text], 1000, 2, splitter)
 
 
 def test_training_equals_the_twin():
     pieces = Counter(p.encode() for p in regex.findall(PATTERNS["gpt2"], CORPUS))
-    expected = reference.bpe_train(pieces, _byte_order(), 100)
-    assert list(Tokenizer.train([CORPUS], 357)._ids_by_bytes) == expected
+    expected = reference.bpe_train(pieces, byte_order(), 100)
+    assert list(Tokenizer.train([CORPUS], 357)._mergeable_ranks) == expected
 
 
 def test_byte_tokenizer():
@@ -532,7 +538,7 @@ def test_training_on_a_full_disk_says_so(tmp_path, monkeypatch):
 
 
 def test_pieces_that_do_not_fit_into_memory_are_refused(monkeypatch):
-    monkeypatch.setattr(tokenizer, "_physical_memory", lambda: 100_000)
+    monkeypatch.setattr(training, "physical_memory", lambda: 100_000)
     with pytest.raises(ResourceError, match="distinct pieces, too many"):
         Tokenizer.train(many_pieces(0), 300)
 
@@ -628,6 +634,39 @@ def test_files_round_trip(pair, tmp_path):
     assert same(ours, again)
     with pytest.raises(ValueError, match="suffix"):
         ours.save(tmp_path / "name.bin")
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_ranks_in_any_order_survive_an_export(seed, tmp_path):
+    rng = random.Random(seed)
+    words = {"".join(rng.choices("abc", k=rng.randrange(2, 7))).encode() for _ in range(30)}
+    ranks = dict(zip(words, rng.sample(range(256, 400), len(words)), strict=True))
+    ours = Tokenizer("x", pat_str="gpt2", mergeable_ranks=BYTES | ranks, special_tokens={})
+    ours.save(tmp_path / "x.json")
+    ours.save(tmp_path / "x.tiktoken")
+    theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "x.json"))
+    again = Tokenizer.from_file(tmp_path / "x.json")
+    lines = Tokenizer.from_file(tmp_path / "x.tiktoken", pattern="gpt2", special_tokens={})
+    for _ in range(100):
+        text = "".join(rng.choices("abc", k=rng.randrange(1, 200)))
+        ids = ours.encode(text)
+        assert ids == again.encode(text) == lines.encode(text) == theirs.encode(text).ids
+
+
+def test_an_export_that_would_encode_otherwise_is_not_written(tok, tmp_path, monkeypatch):
+    def damaged(*arguments):
+        hf = to_hf(*arguments)
+        hf["model"]["merges"].reverse()
+        return hf
+
+    monkeypatch.setattr("pygpt.tokenizer.encoding.to_hf", damaged)
+    for name in ("x.json", "folder"):
+        with pytest.raises(ValueError, match="cannot hold"):
+            tok.save(tmp_path / name)
+    monkeypatch.setattr("pygpt.tokenizer.encoding.to_tiktoken", lambda c: b"YQ== 0\n")
+    with pytest.raises(ValueError):
+        tok.save(tmp_path / "x.tiktoken")
+    assert not list(tmp_path.iterdir())
 
 
 def test_hugging_face_tokenizers_open_with_equal_ids(tmp_path):
@@ -728,7 +767,7 @@ def test_tiktoken_files_with_cr_lf_blank_lines_and_gaps(tmp_path):
 
 
 def good_hf():
-    return Tokenizer("x", pat_str="gpt2", mergeable_ranks=BYTES, special_tokens={})._to_hf()
+    return hf_of(Tokenizer("x", pat_str="gpt2", mergeable_ranks=BYTES, special_tokens={}))
 
 
 @pytest.mark.parametrize(
@@ -814,10 +853,10 @@ def publisher(tmp_path, monkeypatch):
     server.requests, server.content = [], data
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
-    known = tokenizer._PUBLISHED["p50k_base"]
+    known = publications.PUBLISHED["p50k_base"]
     changed = known._replace(sha256=hashlib.sha256(data).hexdigest())
-    monkeypatch.setitem(tokenizer._PUBLISHED, "p50k_base", changed)
-    monkeypatch.setattr(tokenizer, "_PUBLISHER", f"http://127.0.0.1:{server.server_port}/")
+    monkeypatch.setitem(publications.PUBLISHED, "p50k_base", changed)
+    monkeypatch.setattr(publications, "PUBLISHER", f"http://127.0.0.1:{server.server_port}/")
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "cache"))
     yield server
@@ -842,6 +881,6 @@ def test_a_download_that_is_not_what_was_published_is_refused(publisher):
 
 def test_pretrained_without_network_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr("pygpt.tokenizer._PUBLISHER", "http://127.0.0.1:9/")
+    monkeypatch.setattr("pygpt.tokenizer.published.PUBLISHER", "http://127.0.0.1:9/")
     with pytest.raises(ResourceError, match="TIKTOKEN_CACHE_DIR"):
         Tokenizer.from_pretrained("gpt2")
