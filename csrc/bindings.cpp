@@ -175,6 +175,14 @@ void bind_gelu(py::module_& m) {
   });
 }
 
+void bind_crc32c(py::module_& m) {
+  m.def("crc32c", [](uintptr_t data, int64_t size) {
+    if (size && !data) throw std::invalid_argument("crc32c was given a tensor without memory");
+    const py::gil_scoped_release release;
+    return cpu_kernels().crc32c(pointer<uint8_t>(data), size);
+  });
+}
+
 void translate(std::exception_ptr error) {
   try {
     if (error) std::rethrow_exception(error);
@@ -204,4 +212,5 @@ PYBIND11_MODULE(_native, m) {
   bind_cross_entropy(m);
   bind_sgemm(m);
   bind_gelu(m);
+  bind_crc32c(m);
 }

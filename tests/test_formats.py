@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from pygpt import GPT, GPTConfig, PygptError, Tokenizer, generate
 from pygpt.weights import convert, describe
-from pygpt.weights.tensorflow_bundle import crc32c, read_bundle
+from pygpt.weights.tensorflow_bundle import read_bundle
 from tests.conftest import TEXT
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -393,34 +393,6 @@ def test_damaged_llmc_files_are_refused(tmp_path: Path) -> None:
 
 
 # --- OpenAI --------------------------------------------------------------------------------------
-
-
-def test_crc32c_gives_the_checksums_of_rfc_3720() -> None:
-    ascending = np.arange(32, dtype=np.uint8)
-    read_command = bytes.fromhex(
-        "01c00000000000000000000000000000140000000000040000000014000000182800000000000000"
-        "0200000000000000"
-    )
-    for data, crc in (
-        (np.zeros(32, np.uint8), 0x8A9136AA),
-        (np.full(32, 255, np.uint8), 0x62A8AB43),
-        (ascending, 0x46DD794E),
-        (ascending[::-1].copy(), 0x113FDB5C),
-        (np.frombuffer(read_command, np.uint8), 0xD9963A56),
-        (np.empty(0, np.uint8), 0),
-    ):
-        assert crc32c(data) == crc
-
-
-@pytest.mark.parametrize("size", [511, 1023, 1024, 1025, 4097, 30011])
-def test_crc32c_in_lanes_equals_crc32c_bit_by_bit(size: int) -> None:
-    data = np.random.default_rng(size).integers(0, 256, size, dtype=np.uint8)
-    crc = 0xFFFFFFFF
-    for byte in data.tolist():
-        crc ^= byte
-        for _ in range(8):
-            crc = crc >> 1 ^ (0x82F63B78 if crc & 1 else 0)
-    assert crc32c(data) == crc ^ 0xFFFFFFFF
 
 
 def test_tensorflows_own_file_is_read_to_the_bit() -> None:

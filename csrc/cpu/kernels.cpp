@@ -13,6 +13,7 @@ void attention_backward(const AttentionArgs&);
 void sgemm(const SgemmArgs&);
 void byte_classes(const uint8_t* text, int64_t blocks, ByteClasses* out);
 void gelu(const GeluArgs&);
+uint32_t crc32c(const uint8_t* data, int64_t size);
 
 extern const CpuKernels kernels;
 const CpuKernels kernels = {
@@ -24,6 +25,7 @@ const CpuKernels kernels = {
     .sgemm = sgemm,
     .byte_classes = byte_classes,
     .gelu = gelu,
+    .crc32c = crc32c,
 };
 
 }  // namespace pygpt::PYGPT_ISA_NAMESPACE

@@ -100,6 +100,7 @@ struct CpuKernels {
   void (*sgemm)(const SgemmArgs&);
   void (*byte_classes)(const uint8_t* text, int64_t blocks, ByteClasses* out);
   void (*gelu)(const GeluArgs&);
+  uint32_t (*crc32c)(const uint8_t* data, int64_t size);
 };
 
 }  // namespace pygpt

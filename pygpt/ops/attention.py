@@ -45,7 +45,7 @@ def causal_attention(
 
     >>> q = k = v = torch.eye(8).reshape(1, 8, 1, 8)
     >>> causal_attention(q, k, v)[0, 1, 0, :3]
-    tensor([0.4126, 0.5874, 0.0000])
+    tensor([0.4125, 0.5875, 0.0000])
     """
     scale = _check(q, k, v, scale, window, document_ids, kv_lengths, dropout_p, seed)
     if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:

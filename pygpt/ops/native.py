@@ -74,6 +74,15 @@ def rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def crc32c(x: Tensor) -> int:
+    """The CRC-32C (RFC 3720, appendix B.4) of the bytes of a contiguous CPU tensor.
+
+    >>> hex(crc32c(torch.tensor(list(b"123456789"), dtype=torch.uint8)))
+    '0xe3069283'
+    """
+    return _native.crc32c(x.data_ptr(), x.nbytes)
+
+
 def launch(x: Tensor) -> tuple[int, int]:
     """Device and stream for a CUDA kernel."""
     return x.get_device(), torch.cuda.current_stream(x.device).cuda_stream

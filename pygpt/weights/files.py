@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pygpt.errors import DataError, ResourceError
-from pygpt.weights.layout import LazyTensor
+from pygpt.ops.native import crc32c
+from pygpt.weights.layout import LazyTensor, blaming
 
 _CODES = {
     torch.float32: "F32",
@@ -24,6 +24,7 @@ _CODES = {
     torch.float64: "F64",
 }
 _DTYPES = {code: dtype for dtype, code in _CODES.items()}
+_CHECKSUMS = "tensors_crc32c"
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -52,54 +53,62 @@ def refuse_stand_ins(path: Path) -> None:
         raise DataError(f"{path} is a web page, not weights; download the file itself")
 
 
-def read_safetensors(path: Path) -> dict[str, LazyTensor]:
-    """The tensors of one file, memory-mapped; changes made to them do not reach the file.
-
-    Where the file holds checksums (see `write_safetensors`), reading a tensor verifies its own.
-    """
+def map_file(path: Path) -> Tensor:
+    """The bytes of a file, memory-mapped; changes made to them do not reach it."""
     refuse_stand_ins(path)
+    return torch.from_file(str(path), size=path.stat().st_size, dtype=torch.uint8)
+
+
+def mapped(
+    path: Path,
+    name: str,
+    data: Tensor,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    checksum: int | None = None,
+) -> LazyTensor:
+    """The tensor in bytes of a file; reading it verifies its CRC-32C where that is known."""
+
+    def read() -> Tensor:
+        if checksum is not None and crc32c(data) != checksum:
+            raise DataError(f"{path} is damaged: {name} is not what was saved (its CRC differs)")
+        aligned = data.clone() if data.data_ptr() % dtype.itemsize else data
+        return aligned.view(dtype).view(shape)
+
+    return LazyTensor(shape, dtype, read)
+
+
+def read_safetensors(path: Path) -> dict[str, LazyTensor]:
+    """The tensors of one file, with the checksums that `write_safetensors` leaves in it."""
+    data = map_file(path)
     try:
         with safe_open(path, framework="pt"):  # checks the header: sizes, overlaps, bounds
             pass
     except (SafetensorError, OSError) as error:
         raise DataError(f"{path} is not a whole safetensors file: {error}") from None
-    data = torch.from_file(str(path), size=path.stat().st_size, dtype=torch.uint8)
     start = 8 + int.from_bytes(data[:8].numpy().tobytes(), "little")
     header = json.loads(data[8:start].numpy().tobytes())
-    checksums = header.pop("__metadata__", {}).get("tensors_crc32", "").split()
+    checksums = header.pop("__metadata__", {}).get(_CHECKSUMS, "").split()
     in_order = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
     if len(checksums) not in (0, len(header)):
         raise DataError(f"{path} has {len(checksums)} checksums for {len(header)} tensors")
-    return {
-        name: _mapped(path, name, data, start, entry, crc)
-        for (name, entry), crc in itertools.zip_longest(in_order, checksums)
-    }
-
-
-def _mapped(
-    path: Path, name: str, data: Tensor, start: int, entry: Mapping[str, Any], crc: str | None
-) -> LazyTensor:
-    """One tensor of a header: `entry` tells its place in `data` after the header's end `start`."""
-    dtype = _DTYPES.get(entry["dtype"], torch.uint8)  # else a mask, which is never read
-    first, end = (start + offset for offset in entry["data_offsets"])
-    shape = tuple(entry["shape"])
-
-    def read() -> Tensor:
-        part = data[first:end]
-        if crc is not None and f"{zlib.crc32(part.numpy().data):08x}" != crc:
-            raise DataError(f"{path} is damaged: {name} is not what was saved (its CRC differs)")
-        return (part.clone() if first % dtype.itemsize else part).view(dtype).view(shape)
-
-    return LazyTensor(shape, dtype, read)
+    result = {}
+    with blaming(path):
+        for (name, entry), checksum in itertools.zip_longest(in_order, checksums):
+            dtype = _DTYPES.get(entry["dtype"], torch.uint8)  # else a mask, which is never read
+            first, end = entry["data_offsets"]
+            part, crc = data[start + first : start + end], checksum and int(checksum, 16)
+            result[name] = mapped(path, name, part, dtype, tuple(entry["shape"]), crc)
+    return result
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, LazyTensor]) -> None:
     """Write tensors one at a time, so that no second copy of the model is ever in memory.
 
-    The header's metadata holds the CRC-32 of each, in the order of the file.
+    The header's metadata holds the CRC-32C of each, in the order of the file.
     """
     blank = " ".join(["00000000"] * len(tensors))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt", "tensors_crc32": blank}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", _CHECKSUMS: blank}}
     end = 0
     for name, tensor in tensors.items():
         start, end = end, end + tensor.numel * tensor.dtype.itemsize
@@ -111,9 +120,9 @@ def write_safetensors(path: Path, tensors: Mapping[str, LazyTensor]) -> None:
 
     def data() -> Iterator[memoryview]:
         for tensor in tensors.values():
-            chunk = to_bytes(tensor)
-            found.append(f"{zlib.crc32(chunk):08x}")
-            yield chunk
+            content = to_bytes(tensor)
+            found.append(f"{crc32c(content):08x}")
+            yield content.numpy().data
 
     def patch() -> tuple[int, bytes]:
         return 8 + text.index(blank.encode()), " ".join(found).encode()
@@ -121,9 +130,9 @@ def write_safetensors(path: Path, tensors: Mapping[str, LazyTensor]) -> None:
     write_whole(path, itertools.chain([len(text).to_bytes(8, "little"), text], data()), patch)
 
 
-def to_bytes(tensor: LazyTensor, dtype: torch.dtype | None = None) -> memoryview:
-    """The elements in row order, little-endian."""
-    return tensor.load(dtype, "cpu").reshape(-1).view(torch.uint8).numpy().data
+def to_bytes(tensor: LazyTensor, dtype: torch.dtype | None = None) -> Tensor:
+    """The bytes of the elements in row order, little-endian."""
+    return tensor.load(dtype, "cpu").reshape(-1).view(torch.uint8)
 
 
 def write_whole(

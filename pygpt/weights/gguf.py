@@ -106,7 +106,7 @@ def _data(tensor: LazyTensor, kind: str) -> Iterator[bytes | memoryview]:
     if kind == "q8_0":
         data = quantize_q8_0(tensor.load(torch.float32, "cpu").numpy())
     else:
-        data = to_bytes(tensor, _TORCH[kind])
+        data = to_bytes(tensor, _TORCH[kind]).numpy().data
     yield data
     yield bytes(_aligned(len(data)) - len(data))
 

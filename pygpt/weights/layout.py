@@ -11,7 +11,6 @@ import math
 import re
 import struct
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -115,10 +114,8 @@ class Checkpoint:
     def load(
         self, dtype: torch.dtype | None = None, device: torch.device | str | None = None
     ) -> dict[str, Tensor]:
-        """Every tensor, as stored unless `dtype` says otherwise; several are read at a time."""
-        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-            loaded = pool.map(lambda tensor: tensor.load(dtype, device), self.tensors.values())
-            return dict(zip(self.tensors, loaded, strict=True))
+        """Every tensor, as stored unless `dtype` says otherwise."""
+        return {name: tensor.load(dtype, device) for name, tensor in self.tensors.items()}
 
 
 def shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:

@@ -7,69 +7,52 @@ and CRC-32C (RFC 3720, appendix B.4). Every checksum is verified.
 
 from __future__ import annotations
 
-import functools
+import math
 import struct
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from pygpt.errors import DataError
+from pygpt.ops.native import crc32c
+from pygpt.weights.files import map_file, mapped
 from pygpt.weights.layout import LazyTensor, blaming
 
 _TABLE_MAGIC = 0xDB4775248B80FB57
-_DTYPES = {1: (np.float32, torch.float32), 19: (np.float16, torch.float16)}  # DataType's numbers
+_DTYPES = {1: torch.float32, 19: torch.float16}  # DataType's numbers
 
 
 def read_bundle(index: Path) -> dict[str, LazyTensor]:
     """The tensors of the TensorFlow checkpoint whose index is given, memory-mapped."""
-    data = index.read_bytes()
     result = {}
     n_shards = 1
     with blaming(index):
-        for key, value in _table(data):
+        for key, value in _table(index.read_bytes()):
             fields = dict(_message(value))
             if not key:
                 n_shards = int(fields.get(1, 1))
                 if fields.get(2, 0):
                     raise ValueError("big-endian data")
                 continue
-            name = key.decode()
-            if fields.get(1) not in _DTYPES:
+            name, dtype = key.decode(), _DTYPES.get(int(fields.get(1, 0)))
+            if dtype is None:
                 continue  # a counter or a string, which no model has use for
-            numpy_dtype, dtype = _DTYPES[int(fields[1])]
             shape = tuple(
                 int(dict(_message(dim)).get(1, 0))
                 for number, dim in _message(fields.get(2, b""))
                 if number == 2
             )
-            path = index.with_suffix(f".data-{int(fields.get(3, 0)):05}-of-{n_shards:05}")
-            if not path.is_file():
-                raise FileNotFoundError(f"{path} does not exist")
             start, size = int(fields.get(4, 0)), int(fields.get(5, 0))
-            count = int(np.prod(shape, dtype=object))
-            if size != count * np.dtype(numpy_dtype).itemsize:
+            if size != math.prod(shape) * dtype.itemsize:
                 raise ValueError(f"{name} has {size} bytes for shape {shape}")
-            if start + size > path.stat().st_size:
+            path = index.with_suffix(f".data-{int(fields.get(3, 0)):05}-of-{n_shards:05}")
+            data = map_file(path)[start : start + size]
+            if len(data) < size:
                 raise DataError(f"{path} ends within {name}")
-            read = functools.partial(
-                _read, path, name, start, size, int(fields.get(6, 0)), numpy_dtype, shape
-            )
-            result[name] = LazyTensor(shape, dtype, read)
+            checksum = _unmask(int(fields.get(6, 0)))
+            result[name] = mapped(path, name, data, dtype, shape, checksum)
     return result
-
-
-def _read(
-    path: Path, name: str, start: int, size: int, crc: int, dtype: type, shape: tuple[int, ...]
-) -> Tensor:
-    data = np.memmap(path, np.uint8, "c", start, (size,))
-    if _mask(crc32c(data)) != crc:
-        raise DataError(f"{path}: {name} is damaged (its CRC-32C differs)")
-    aligned = data if start % np.dtype(dtype).itemsize == 0 else data.copy()
-    return torch.from_numpy(aligned.view(dtype).reshape(shape))
 
 
 # --- the table -----------------------------------------------------------------------------------
@@ -90,7 +73,8 @@ def _block(data: bytes, start: int, size: int) -> Iterator[tuple[bytes, bytes]]:
     """Entries that share a prefix of their key with the one before, then restart points."""
     block, trailer = data[start : start + size], data[start + size : start + size + 5]
     kind, crc = struct.unpack("<BI", trailer)
-    if _mask(crc32c(np.frombuffer(block + trailer[:1], np.uint8))) != crc:
+    covered = torch.frombuffer(bytearray(block + trailer[:1]), dtype=torch.uint8)
+    if crc32c(covered) != _unmask(crc):
         raise ValueError("a block is damaged (its CRC-32C differs)")
     if kind:
         raise ValueError("the index is compressed")
@@ -136,62 +120,7 @@ def _message(data: object) -> Iterator[tuple[int, int | bytes]]:
         yield tag >> 3, value
 
 
-# --- CRC-32C -------------------------------------------------------------------------------------
-
-_LANE = 512  # bytes
-
-
-@functools.cache
-def _crc_tables() -> tuple[np.ndarray, np.ndarray]:
-    """The checksum's step over two bytes, and (as 32 columns) over `_LANE` zero bytes."""
-    one: Any = np.arange(256, dtype=np.uint32)
-    for _ in range(8):
-        one = (one >> 1) ^ np.where(one & 1, np.uint32(0x82F63B78), np.uint32(0))
-    state: Any = np.arange(65536, dtype=np.uint32)
-    for _ in range(2):
-        state = one[state & 0xFF] ^ (state >> 8)
-    columns = np.uint32(1) << np.arange(32, dtype=np.uint32)
-    columns = one[columns & 0xFF] ^ (columns >> 8)
-    for _ in range(_LANE.bit_length() - 1):
-        columns = _apply(columns, columns)
-    return state, columns
-
-
-def _apply(columns: np.ndarray, states: np.ndarray) -> np.ndarray:
-    """A linear map over bits, to each of `states`."""
-    result = np.zeros_like(states)
-    for bit in range(32):
-        result ^= np.where((states >> np.uint32(bit)) & 1, columns[bit], np.uint32(0))
-    return result
-
-
-def crc32c(data: np.ndarray) -> int:
-    """The CRC-32C of bytes: many lanes side by side, then folded, at about 1 ns a byte.
-
-    >>> hex(crc32c(np.frombuffer(b"123456789", np.uint8)))
-    '0xe3069283'
-    """
-    two_bytes, lane_shift = _crc_tables()
-    state = np.array([0xFFFFFFFF], np.uint32)
-    while data.size >= 2 * _LANE:
-        lanes = 1 << (min(data.size // _LANE, 16384).bit_length() - 1)
-        block, data = data[: lanes * _LANE], data[lanes * _LANE :]
-        states = np.zeros(lanes, np.uint32)
-        for pair in block.view("<u2").reshape(lanes, -1).T.copy():
-            states = two_bytes.take(states.astype(np.uint16) ^ pair) ^ (states >> 16)
-        shift = lane_shift
-        while len(states) > 1:
-            states = _apply(shift, states[0::2]) ^ states[1::2]
-            shift = _apply(shift, shift)
-        state = _apply(shift, state) ^ states
-    last = int(state[0])
-    for byte in data.tolist():
-        last ^= byte
-        for _ in range(8):
-            last = (last >> 1) ^ (0x82F63B78 if last & 1 else 0)
-    return last ^ 0xFFFFFFFF
-
-
-def _mask(crc: int) -> int:
-    """TensorFlow stores checksums rotated and shifted, so that a checksum of one differs."""
-    return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
+def _unmask(stored: int) -> int:
+    """Checksums are stored rotated and shifted, so that a checksum of one differs."""
+    rotated = (stored - 0xA282EAD8) & 0xFFFFFFFF
+    return (rotated << 15 | rotated >> 17) & 0xFFFFFFFF
