@@ -1,7 +1,9 @@
-"""Every script in examples/ runs as a user would run it, on something small."""
+"""Scripts in examples/ run as a user would run them, on something small; so do docstrings."""
 
 from __future__ import annotations
 
+import doctest
+import importlib
 import json
 import random
 import runpy
@@ -9,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import pygpt
 from pygpt import GPT, GPTConfig, Tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -64,3 +67,13 @@ def test_pretrain_then_generate(monkeypatch, capsys, tmp_path):
     assert "validation loss" in capsys.readouterr().out
     run(monkeypatch, "generate.py", tmp_path / "run", "bada", "--tokens", 5)
     assert capsys.readouterr().out.startswith("bada")
+
+
+PACKAGE = Path(pygpt.__file__).parent
+DOCUMENTED = [path for path in PACKAGE.rglob("*.py") if ">>> " in path.read_text(encoding="utf-8")]
+
+
+@pytest.mark.parametrize("path", DOCUMENTED, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_examples_in_docstrings_give_what_they_say(path):
+    name = ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
+    assert not doctest.testmod(importlib.import_module(name.removesuffix(".__init__"))).failed
