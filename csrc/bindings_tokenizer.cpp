@@ -157,7 +157,7 @@ std::vector<Token> tokens_of(const std::vector<std::pair<std::string, uint32_t>>
 
 // Texts that stay alive while threads read them.
 struct Texts {
-  explicit Texts(const py::sequence& sequence) {
+  explicit Texts(const py::iterable& sequence) {
     for (const py::handle text : sequence) {
       py::object owner = py::reinterpret_borrow<py::object>(text);
       views.push_back(utf8(text, owner));
@@ -415,7 +415,7 @@ void bind_tokenizer(py::module_& m) {
              return bpe.encode(view, *allow, Specials(), nullptr);
            })
       .def("encode_batch",
-           [](const Bpe& bpe, const py::sequence& sequence, py::handle allowed,
+           [](const Bpe& bpe, const py::iterable& sequence, py::handle allowed,
               py::handle disallowed, int threads) {
              const Texts texts(sequence);
              const SpecialChoice allow(bpe, allowed), refuse(bpe, disallowed);
@@ -434,7 +434,7 @@ void bind_tokenizer(py::module_& m) {
              return lists;
            })
       .def("encode_batch_to_numpy",
-           [](const Bpe& bpe, const py::sequence& sequence, py::handle allowed,
+           [](const Bpe& bpe, const py::iterable& sequence, py::handle allowed,
               py::handle disallowed, int threads) {
              const Texts texts(sequence);
              const SpecialChoice allow(bpe, allowed), refuse(bpe, disallowed);
@@ -493,7 +493,7 @@ void bind_tokenizer(py::module_& m) {
              return bytes_of(out);
            })
       .def("decode_bytes_batch",
-           [](const Bpe& bpe, const py::sequence& batch, int threads) {
+           [](const Bpe& bpe, const py::iterable& batch, int threads) {
              std::vector<std::vector<uint32_t>> ids;
              for (const py::handle sequence : batch) ids.push_back(ids_of(sequence));
              std::vector<std::string> decoded(ids.size());

@@ -1,6 +1,6 @@
 """What csrc/bindings.cpp offers; tests/test_native_stub.py holds it against the built module."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -171,14 +171,14 @@ class Bpe:
     def count(self, text: str, allowed: _SpecialChoice) -> int: ...
     def encode_batch(
         self,
-        texts: Sequence[str],
+        texts: Iterable[str],
         allowed: _SpecialChoice,
         disallowed: _SpecialChoice,
         threads: int,
     ) -> list[list[int]]: ...
     def encode_batch_to_numpy(
         self,
-        texts: Sequence[str],
+        texts: Iterable[str],
         allowed: _SpecialChoice,
         disallowed: _SpecialChoice,
         threads: int,
@@ -190,7 +190,7 @@ class Bpe:
     def piece_ends(self, text: bytes) -> list[int]: ...
     def decode_bytes(self, ids: Sequence[int] | NDArray[Any]) -> bytes: ...
     def decode_bytes_batch(
-        self, batch: Sequence[Sequence[int] | NDArray[Any]], threads: int
+        self, batch: Iterable[Sequence[int] | NDArray[Any]], threads: int
     ) -> list[bytes]: ...
     def token_bytes(self, id: int) -> bytes: ...
     def whole(self, piece: bytes) -> int | None: ...

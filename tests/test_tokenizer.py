@@ -4,6 +4,7 @@ import base64
 import copy
 import hashlib
 import http.server
+import inspect
 import json
 import os
 import pickle
@@ -358,6 +359,86 @@ def test_bad_ids_raise_what_tiktoken_raises(pair):
         ours.decode([ours.encode_single_token(b"\xff")], errors="strict")
 
 
+def test_every_public_name_of_tiktoken_is_there_with_its_parameters():
+    for name, theirs in vars(tiktoken.Encoding).items():
+        if name.startswith("_"):
+            continue
+        ours = getattr(Tokenizer, name)
+        if callable(theirs):
+            ours, theirs = (inspect.signature(f).parameters for f in (ours, theirs))
+            assert [(p.name, p.kind) for p in ours.values()] == [
+                (p.name, p.kind) for p in theirs.values()
+            ], name
+            assert [p.default is p.empty for p in ours.values()] == [
+                p.default is p.empty for p in theirs.values()
+            ], name
+
+
+def outcome(function, *arguments, **options):
+    try:
+        result = function(*arguments, **options)
+    except Exception as error:
+        return type(error), str(error) if isinstance(error, ValueError | KeyError) else ""
+    return result.tolist() if isinstance(result, np.ndarray) else result
+
+
+SPECIAL_CHOICES = [
+    {},
+    {"allowed_special": "all"},
+    {"allowed_special": {"<|end|>"}},
+    {"allowed_special": {"no such"}, "disallowed_special": {"<|end|>"}},
+    {"disallowed_special": ()},
+    {"disallowed_special": None},
+    {"disallowed_special": "all"},
+    {"disallowed_special": "x"},
+    {"disallowed_special": ["hello"]},
+    {"allowed_special": "all", "disallowed_special": "all"},
+]
+
+
+@pytest.mark.parametrize("text", ["hello world", "a<|end|>b", "x", "", 5, None, b"x"])
+def test_any_arguments_have_tiktokens_outcome(pair, text):
+    ours, theirs = pair
+    for choice in SPECIAL_CHOICES:
+        for name in ("encode", "encode_to_numpy"):
+            expected = outcome(getattr(theirs, name), text, **choice)
+            assert outcome(getattr(ours, name), text, **choice) == expected
+    for name in ("encode_ordinary", "encode_single_token"):
+        assert outcome(getattr(ours, name), text) == outcome(getattr(theirs, name), text)
+    for name in ("decode", "decode_batch", "decode_bytes_batch"):
+        assert outcome(getattr(ours, name), [text]) == outcome(getattr(theirs, name), [text]) or (
+            text == ""  # an empty sequence of ids to us
+        )
+
+
+def test_batches_may_be_any_iterable(pair):
+    ours, theirs = pair
+    texts = ["one", "two <|end|>", ""]
+    for make in (list, tuple, iter):
+        ids = theirs.encode_batch(make(texts), disallowed_special=())
+        assert ours.encode_batch(make(texts), disallowed_special=()) == ids
+        assert ours.encode_ordinary_batch(make(texts)) == ids
+        assert ours.encode_batch_to_numpy(make(texts), disallowed_special=())[0].size
+        assert ours.decode_batch(make(ids)) == theirs.decode_batch(make(ids)) == texts
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_unstable_ends_as_in_tiktoken(pair, seed):
+    ours, theirs = pair
+    rng = random.Random(seed)
+    options = {"allowed_special": {"<|end|>"}, "disallowed_special": ()}
+    for _ in range(150):
+        parts = [random_text(rng, 6), *rng.choices(["it was", " ", "  \n", "<|end|>", "\x1c"], k=2)]
+        text = "".join(rng.sample(parts, 3))
+        ids, ends = ours.encode_with_unstable(text, **options)
+        expected, completions = theirs.encode_with_unstable(text, **options)
+        assert ids == expected, repr(text)
+        assert {*map(tuple, ends)} == {*map(tuple, completions)}, repr(text)
+    with pytest.raises(ValueError, match="disallowed special token"):
+        ours.encode_with_unstable("<|end|>")
+    assert ours.encode_with_unstable("") == ([], [])
+
+
 def test_properties_as_in_tiktoken(pair):
     ours, theirs = pair
     assert len(ours) == ours.n_vocab == theirs.n_vocab
@@ -373,9 +454,11 @@ def test_bytes_that_are_not_text_round_trip(pair):
     ours, theirs = pair
     rng = random.Random(3)
     for _ in range(400):
-        data = rng.choice([b"", random_text(rng, 20).encode(), b" hello \n"]) + rng.randbytes(6)
+        data = rng.choice(
+            [b"", random_text(rng, 20).encode(), b" hello \n", b"  \x03"]
+        ) + rng.randbytes(6)
         assert ours.decode_bytes(ours.encode_bytes(data)) == data
-    assert ours.encode_bytes(b"\x80" * 7) == theirs._encode_bytes(b"\x80" * 7)
+        assert ours._encode_bytes(data) == theirs._encode_bytes(data), data
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -9,7 +9,6 @@ import os
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -30,6 +29,7 @@ from pygpt.tokenizer.formats import (
 from pygpt.tokenizer.patterns import PATTERNS, any_of, compile_pattern, native_name
 from pygpt.tokenizer.published import EOT, PUBLISHED, fetch
 from pygpt.tokenizer.training import train_merges
+from pygpt.tokenizer.unstable import completions, stable_part
 
 if TYPE_CHECKING:
     import numpy as np
@@ -255,7 +255,7 @@ class Tokenizer:
 
     def encode_batch(
         self,
-        text: Sequence[str],
+        text: Iterable[str],
         *,
         num_threads: int | None = None,
         allowed_special: AllowedSpecial = frozenset(),
@@ -268,14 +268,14 @@ class Tokenizer:
         return self._native.encode_batch(text, allowed, disallowed, _threads(num_threads))
 
     def encode_ordinary_batch(
-        self, text: Sequence[str], *, num_threads: int | None = None
+        self, text: Iterable[str], *, num_threads: int | None = None
     ) -> list[list[int]]:
         """`encode_ordinary` of each text, in parallel."""
         return self.encode_batch(text, num_threads=num_threads, disallowed_special=())
 
     def encode_batch_to_numpy(
         self,
-        text: Sequence[str],
+        text: Iterable[str],
         *,
         num_threads: int | None = None,
         allowed_special: AllowedSpecial = frozenset(),
@@ -325,6 +325,9 @@ class Tokenizer:
             if text_or_bytes in self._special_tokens:
                 return self._special_tokens[text_or_bytes]
             text_or_bytes = text_or_bytes.encode()
+        if not isinstance(text_or_bytes, bytes):
+            name = type(text_or_bytes).__name__
+            raise TypeError(f"argument 'text_or_bytes': {name!r} object is neither str nor bytes")
         token = self._native.whole(text_or_bytes)
         if token is None:
             token = self._special_tokens.get(text_or_bytes.decode("utf-8", "surrogateescape"))
@@ -340,11 +343,32 @@ class Tokenizer:
         try:
             return self.encode_ordinary(data.decode())
         except UnicodeDecodeError as error:
-            valid = data[: error.start]
-        ends = [0, *self._piece_ends(valid)]
-        stable = ends[max(len(ends) - 2, 0)]
-        pieces = [valid[a:b] for a, b in pairwise(ends) if b <= stable]
-        return self._native.encode_pieces([*pieces, data[stable:]])
+            ids, end = stable_part(self, data[: error.start].decode())
+            return ids + self._native.encode_pieces([end + data[error.start :]])
+
+    _encode_bytes = encode_bytes  # as tiktoken calls it
+
+    def encode_with_unstable(
+        self,
+        text: str,
+        *,
+        allowed_special: AllowedSpecial = frozenset(),
+        disallowed_special: DisallowedSpecial = "all",
+    ) -> tuple[list[int], list[list[int]]]:
+        """Ids of a text that goes on, but for its end, and the ids that may come there.
+
+        The end is the last piece with the white space before it. No id that stands for the end may
+        be missing among the second, but the list is long for short ends.
+        """
+        self.encode(text, allowed_special=allowed_special, disallowed_special=disallowed_special)
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        allowed = self.special_tokens_set if allowed_special == "all" else allowed_special
+        special = self.special_tokens_set & set(allowed)
+        start = max([m.end() for m in any_of(special).finditer(text)] if special else [], default=0)
+        ids, end = stable_part(self, text[start:])
+        return self.encode(text[:start], allowed_special=special, disallowed_special=()) + ids, [
+            list(ids) for ids in completions(self, end)
+        ]
 
     def count(self, text: str, *, allowed_special: AllowedSpecial = frozenset()) -> int:
         """How many ids a text has. Special tokens that are not allowed count as plain text."""
@@ -378,7 +402,7 @@ class Tokenizer:
 
     def decode_batch(
         self,
-        batch: Sequence[Sequence[int]],
+        batch: Iterable[Sequence[int]],
         *,
         errors: str = "replace",
         num_threads: int | None = None,
@@ -388,7 +412,7 @@ class Tokenizer:
         return [data.decode("utf-8", errors) for data in decoded]
 
     def decode_bytes_batch(
-        self, batch: Sequence[Sequence[int]], *, num_threads: int | None = None
+        self, batch: Iterable[Sequence[int]], *, num_threads: int | None = None
     ) -> list[bytes]:
         """`decode_bytes` of each, in parallel."""
         return self._native.decode_bytes_batch(batch, _threads(num_threads))
@@ -454,6 +478,10 @@ class Tokenizer:
         """The bytes of all tokens but special ones, sorted."""
         return sorted(self._mergeable_ranks)
 
+    @cached_property
+    def _sorted_tokens(self) -> list[bytes]:
+        return self.token_byte_values()
+
     @property
     def _mergeable_ranks(self) -> dict[bytes, int]:
         special = set(self._special_tokens.values())
@@ -513,7 +541,7 @@ class Tokenizer:
             disallowed = self.special_tokens_set - allowed
         known = [(token, i) for token, i in self._special_tokens.items() if token in allowed]
         all_allowed = len(known) == len(self._special_tokens)
-        refused = [(token, 0) for token in disallowed]
+        refused = [(token, 0) for token in disallowed or ()]
         return (True if all_allowed else known), refused or None
 
     def _piece_ends(self, data: bytes) -> list[int]:
