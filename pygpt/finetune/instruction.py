@@ -33,6 +33,8 @@ from pygpt.generation import generate, stream
 from pygpt.model import GPT
 from pygpt.tokenizer import Tokenizer
 from pygpt.training import Batch, Event
+from pygpt.weights.files import read_json
+from pygpt.weights.layout import blaming
 
 _IGNORED = -100
 
@@ -232,7 +234,9 @@ class InstructModel:
     def load(cls, folder: str | Path, *, device: str | None = None) -> Self:
         """The model in a run's folder or in a folder that `save` wrote."""
         folder = model_folder(folder, "template.json", "finetune instruct")
-        template = Template(**json.loads((folder / "template.json").read_text()))
+        path = folder / "template.json"
+        with blaming(path):
+            template = Template(**read_json(path))
         model = GPT.from_pretrained(folder, device=device).eval()
         return cls(model, Tokenizer.from_file(folder), template)
 
