@@ -639,7 +639,9 @@ def test_convert_says_what_it_did_and_takes_the_tokenizer_along(tmp_path: Path) 
     )
     assert GPT.from_pretrained(tmp_path / "out").tok_emb.weight.dtype == torch.bfloat16
     assert json.loads((tmp_path / "out/tokenizer.json").read_text()) == TOKENIZER
-    with pytest.raises(PygptError, match="dtype must be one of f32, f16, bf16, got 'q8_0'"):
+    with pytest.raises(
+        PygptError, match="dtype of a folder must be one of f32, f16, bf16, got 'q8_0'"
+    ):
         convert(tmp_path / "in", tmp_path / "out", dtype="q8_0")
     (tmp_path / "file").touch()
     with pytest.raises(PygptError, match="file is a file; give a folder, or a name that ends in"):

@@ -78,8 +78,9 @@ def convert(
     to_gguf = target.suffix == ".gguf"
     known = gguf.TYPES if to_gguf else _DTYPES
     if dtype is not None and dtype not in known:
-        raise UsageError(f"dtype must be one of {', '.join(known)}, got {dtype!r}")
-    if target.is_file() and not to_gguf:
+        what = "GGUF" if to_gguf else "a folder"
+        raise UsageError(f"dtype of {what} must be one of {', '.join(known)}, got {dtype!r}")
+    if target.exists() and not to_gguf and not target.is_dir():
         raise UsageError(f"{target} is a file; give a folder, or a name that ends in .gguf")
     if to_gguf and (checkpoint.classifier or (checkpoint.path / classifier.HEAD).is_file()):
         raise UsageError(f"{source} classifies, which llama.cpp's gpt2 cannot; write a folder")
