@@ -8,7 +8,9 @@
 
 #include "bpe/encode.h"
 #include "bpe/files.h"
+#include "bpe/memory.h"
 #include "bpe/train.h"
+#include "bpe/utf8.h"
 #include "core/error.h"
 
 namespace py = pybind11;
@@ -16,23 +18,58 @@ namespace py = pybind11;
 namespace pygpt {
 namespace {
 
-// The UTF-8 of a str. A str with lone surrogates has none: it goes through UTF-16, which joins
-// pairs and replaces the rest.
-std::string_view utf8(py::handle text, py::object& owner) {
-  if (!PyUnicode_Check(text.ptr())) {
-    throw py::type_error(std::string("argument 'text': '") + Py_TYPE(text.ptr())->tp_name +
-                         "' object is not an instance of 'str'");
+// The UTF-8 of a str, while this lives. Python would keep its own with the str from then on, and
+// takes several times as long to make it. A str with lone surrogates has none: it goes through
+// UTF-16, which joins pairs and replaces the rest.
+class Utf8 {
+ public:
+  explicit Utf8(py::handle text) : text_(py::reinterpret_borrow<py::object>(text)) {
+    if (!PyUnicode_Check(text.ptr())) {
+      throw py::type_error(std::string("argument 'text': '") + Py_TYPE(text.ptr())->tp_name +
+                           "' object is not an instance of 'str'");
+    }
+    if (make()) return;
+    text_ = text_.attr("encode")("utf-16", "surrogatepass").attr("decode")("utf-16", "replace");
+    make();
   }
-  Py_ssize_t size;
-  const char* data = PyUnicode_AsUTF8AndSize(text.ptr(), &size);
-  if (!data) {
-    PyErr_Clear();
-    owner = text.attr("encode")("utf-16", "surrogatepass").attr("decode")("utf-16", "replace");
-    data = PyUnicode_AsUTF8AndSize(owner.ptr(), &size);
-    if (!data) throw py::error_already_set();
+  std::string_view view() const { return view_; }
+
+ private:
+  bool make() {
+    PyObject* const text = text_.ptr();
+    const void* const units = PyUnicode_DATA(text);
+    const auto count = static_cast<size_t>(PyUnicode_GET_LENGTH(text));
+    if (PyUnicode_IS_ASCII(text)) {
+      view_ = {static_cast<const char*>(units), count};
+      return true;
+    }
+    switch (PyUnicode_KIND(text)) {
+      case PyUnicode_1BYTE_KIND:
+        return make(static_cast<const Py_UCS1*>(units), count);
+      case PyUnicode_2BYTE_KIND:
+        return make(static_cast<const Py_UCS2*>(units), count);
+      default:
+        return make(static_cast<const Py_UCS4*>(units), count);
+    }
   }
-  return {data, static_cast<size_t>(size)};
-}
+  template <class Unit>
+  bool make(const Unit* units, size_t count) {
+    const size_t room = utf8_room<Unit>(count);
+    own_.reset(static_cast<char*>(std::malloc(room)));
+    if (!own_) throw std::bad_alloc();
+    if (room > 1 << 20) advise_huge(own_.get(), room);
+    const char* const end = to_utf8(units, count, own_.get());
+    if (end) view_ = {own_.get(), static_cast<size_t>(end - own_.get())};
+    return end;
+  }
+
+  struct Free {
+    void operator()(char* p) const { std::free(p); }
+  };
+  py::object text_;
+  std::unique_ptr<char, Free> own_;
+  std::string_view view_;
+};
 
 // None: no special token; True: all of the vocabulary; otherwise these.
 class SpecialChoice {
@@ -158,14 +195,10 @@ std::vector<Token> tokens_of(const std::vector<std::pair<std::string, uint32_t>>
 // Texts that stay alive while threads read them.
 struct Texts {
   explicit Texts(const py::iterable& sequence) {
-    for (const py::handle text : sequence) {
-      py::object owner = py::reinterpret_borrow<py::object>(text);
-      views.push_back(utf8(text, owner));
-      owners.push_back(std::move(owner));
-    }
+    for (const py::handle text : sequence) views.push_back(owners.emplace_back(text).view());
   }
   std::vector<std::string_view> views;
-  std::vector<py::object> owners;
+  std::vector<Utf8> owners;
 };
 
 // Encodes texts in parallel in groups of about `kGroup` bytes; ids come out in order, with the
@@ -373,46 +406,42 @@ void bind_tokenizer(py::module_& m) {
           })
       .def("encode_ordinary",
            [](const Bpe& bpe, py::handle text) {
-             py::object owner;
-             const std::string_view view = utf8(text, owner);
+             const Utf8 utf8(text);
              Ids ids;
              {
                const py::gil_scoped_release release;
-               bpe.encode_ordinary(view, &ids);
+               bpe.encode_ordinary(utf8.view(), &ids);
              }
              return list_of(ids.data(), ids.size());
            })
       .def("encode",
            [](const Bpe& bpe, py::handle text, py::handle allowed, py::handle disallowed) {
-             py::object owner;
-             const std::string_view view = utf8(text, owner);
+             const Utf8 utf8(text);
              const SpecialChoice allow(bpe, allowed), refuse(bpe, disallowed);
              Ids ids;
              {
                const py::gil_scoped_release release;
-               bpe.encode(view, *allow, *refuse, &ids);
+               bpe.encode(utf8.view(), *allow, *refuse, &ids);
              }
              return list_of(ids.data(), ids.size());
            })
       .def("encode_to_numpy",
            [](const Bpe& bpe, py::handle text, py::handle allowed, py::handle disallowed) {
-             py::object owner;
-             const std::string_view view = utf8(text, owner);
+             const Utf8 utf8(text);
              const SpecialChoice allow(bpe, allowed), refuse(bpe, disallowed);
              Ids ids;
              {
                const py::gil_scoped_release release;
-               bpe.encode(view, *allow, *refuse, &ids);
+               bpe.encode(utf8.view(), *allow, *refuse, &ids);
              }
              return array_of(std::move(ids));
            })
       .def("count",
            [](const Bpe& bpe, py::handle text, py::handle allowed) {
-             py::object owner;
-             const std::string_view view = utf8(text, owner);
+             const Utf8 utf8(text);
              const SpecialChoice allow(bpe, allowed);
              const py::gil_scoped_release release;
-             return bpe.encode(view, *allow, Specials(), nullptr);
+             return bpe.encode(utf8.view(), *allow, Specials(), nullptr);
            })
       .def("encode_batch",
            [](const Bpe& bpe, const py::iterable& sequence, py::handle allowed,

@@ -302,31 +302,3 @@ def test_no_text_of_ours_names_the_other_projects_package():
     for path in [*root.glob("*.md"), *root.glob("docs/*.md"), *root.glob("pygpt/**/*.py")]:
         text = path.read_text(encoding="utf-8")
         assert "pip install " + "pygpt" not in text, path
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("target", ["folder", "model.gguf"])
-def test_a_stopped_convert_leaves_no_half_written_file(tmp_path, number, target):
-    """The child stops itself when the first bytes are in the file under its temporary name."""
-    config = pygpt.GPTConfig(vocab_size=61, context_length=24, emb_dim=32, n_heads=4)
-    pygpt.GPT(config).save_pretrained(tmp_path / "in")
-    code = (
-        "import os, sys\n"
-        "from pygpt.cli import main\n"
-        "from pygpt.weights import files, gguf\n"
-        "whole = files.to_bytes\n"
-        "def stopped(*arguments):\n"
-        f"    os.kill(os.getpid(), {int(number)})\n"
-        "    return whole(*arguments)\n"
-        "files.to_bytes = gguf.to_bytes = stopped\n"
-        "sys.exit(main(['convert', *sys.argv[1:]]))\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, tmp_path / "in", tmp_path / "out" / target],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 128 + number, done.stderr
-    assert done.stderr == "stopped\n"
-    assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]

@@ -179,9 +179,6 @@ BAD = {
     "null.jsonl": (b"null\n", "line 1: no text"),
     "object.json": (b'{"text": "a"}', "must hold a list"),
     "broken.json": (b"[", "not JSON"),
-    "deep.json": (b"[" * 200_000, "deep.json: not JSON that can be read: maximum recursion depth"),
-    "deep.jsonl": (b'"a"\n' + b'{"a":' * 200_000, "line 2: not JSON that can be read: maximum rec"),
-    "number.jsonl": (b"1" * 5000, "line 1: not JSON that can be read: Exceeds the limit"),
     "key.csv": (b"label,body\n1,two\n", "line 2: no text under 'text'; there is 'label', 'body'"),
     "quote.csv": (b'text\n"never closed\n', "after line 1: unexpected end"),
 }

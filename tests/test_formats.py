@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pygpt import GPT, GPTConfig, PygptError, Tokenizer, generate
-from pygpt.finetune.classification import Classifier, GPTClassifier
 from pygpt.weights import convert, describe
 from pygpt.weights.tensorflow_bundle import read_bundle
 from tests.conftest import TEXT
@@ -179,38 +178,6 @@ def test_the_books_classifier_keeps_its_head(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out/labels.json").read_text()) == ["0", "1", "2"]
     with pytest.raises(PygptError, match=r"classifies, which llama\.cpp's gpt2 cannot"):
         convert(tmp_path / "classifier.pth", tmp_path / "m.gguf", n_heads=H)
-
-
-def test_a_fine_tuned_folder_is_converted_with_what_is_its_own(tmp_path: Path) -> None:
-    classes = GPTClassifier(random_gpt(vocab_size=257), ["ham", "spam"])
-    classes.save_pretrained(tmp_path / "in", Tokenizer.train(["a"], 257))
-    (tmp_path / "in/template.json").write_text("{}")
-    convert(tmp_path / "in", tmp_path / "out", dtype="bf16")
-    assert (tmp_path / "out/template.json").read_text() == "{}"
-    read = Classifier.load(tmp_path / "out")
-    assert read.labels == ("ham", "spam") and read.model.head.weight.dtype == torch.bfloat16
-    assert torch.equal(read.model.head.weight, classes.head.weight.bfloat16())
-    assert read.predict(["a", "b"])
-    with pytest.raises(PygptError, match=r"classifies, which llama\.cpp's gpt2 cannot"):
-        convert(tmp_path / "in", tmp_path / "m.gguf")
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("labels.json", b"{}", "holds a dict, expected a list"),
-        ("labels.json", b'["a", 2]', "must hold a list of texts"),
-        ("labels.json", b'["a"]', "head.safetensors holds"),
-        ("labels.json", b"[" * 100_000, "labels.json is not JSON"),
-        ("head.safetensors", b"\0" * 99, "is not a whole safetensors file"),
-    ],
-)
-def test_a_damaged_head_is_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
-    GPTClassifier(random_gpt(), ["a", "b"]).save_pretrained(tmp_path)
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(PygptError, match=message) as caught:
-        Classifier.load(tmp_path)
-    assert str(tmp_path) in str(caught.value)
 
 
 # --- nanoGPT, minGPT, transformers' pickles ------------------------------------------------------
@@ -639,9 +606,7 @@ def test_convert_says_what_it_did_and_takes_the_tokenizer_along(tmp_path: Path) 
     )
     assert GPT.from_pretrained(tmp_path / "out").tok_emb.weight.dtype == torch.bfloat16
     assert json.loads((tmp_path / "out/tokenizer.json").read_text()) == TOKENIZER
-    with pytest.raises(
-        PygptError, match="dtype of a folder must be one of f32, f16, bf16, got 'q8_0'"
-    ):
+    with pytest.raises(PygptError, match="dtype must be one of f32, f16, bf16, got 'q8_0'"):
         convert(tmp_path / "in", tmp_path / "out", dtype="q8_0")
     (tmp_path / "file").touch()
     with pytest.raises(PygptError, match="file is a file; give a folder, or a name that ends in"):

@@ -286,6 +286,33 @@ def test_surrogates_are_repaired(pair):
         assert ours.encode_batch([text], disallowed_special=()) == [expected]
 
 
+@pytest.mark.parametrize("widest", ["\x7f", "\xff", "\uffff", "\U0010ffff"])
+def test_text_of_every_width_becomes_its_utf8(tok, widest):
+    # Python keeps a text in 1, 2 or 4 bytes a character; sixteen ASCII characters go at once.
+    rng = random.Random(ord(widest))
+    for length in range(70):
+        codes = [
+            rng.choice([rng.randrange(128), rng.randint(0, ord(widest))]) for _ in range(length)
+        ]
+        text = "".join(chr(c) for c in codes if not 0xD800 <= c < 0xE000) + widest
+        assert tok.decode_bytes(tok.encode_ordinary(text)) == text.encode()
+        assert tok.encode_batch([text, "a" * length + text]) == [
+            tok.encode_ordinary(text),
+            tok.encode_ordinary("a" * length + text),
+        ]
+
+
+def test_more_pieces_than_the_cache_holds_encode_alike(pair):
+    ours, theirs = pair
+    rng = random.Random(7)
+    words = [
+        " " + "".join(rng.choices("abcdeéßдж漢字", k=rng.randint(5, 30))) for _ in range(60_000)
+    ]
+    for part in range(0, len(words), 2_000):  # the second time round some are known, some lost
+        text = "".join(words[part : part + 2_000] + words[: part // 3])
+        assert ours.encode_ordinary(text) == theirs.encode_ordinary(text)
+
+
 def test_batches_and_files_equal_single_calls_for_any_number_of_threads(pair, tmp_path):
     ours, _ = pair
     rng = random.Random(0)

@@ -2,9 +2,6 @@
 
 #include <algorithm>
 #include <cstring>
-#include <new>
-
-#include "bpe/memory.h"
 
 namespace pygpt {
 namespace {
@@ -18,17 +15,17 @@ PieceCache::PieceCache(const Vocabulary& vocabulary)
     : vocabulary_(vocabulary),
       id_bytes_(vocabulary.size() <= 1 << 16 ? 2 : 3),
       id_mask_((1u << 8 * id_bytes_) - 1),
-      tables_(
-          static_cast<uint8_t*>(allocate_huge(kWays * sizeof(Way) + kIndex * sizeof(uint32_t)))),
-      log_(static_cast<uint8_t*>(std::malloc(kLog))) {
-  if (!log_) throw std::bad_alloc();
-  ways_ = reinterpret_cast<Way*>(tables_.get());
-  index_ = reinterpret_cast<uint32_t*>(ways_ + kWays);
-  clear();
-}
+      packed_(sizeof(Way::ids) / id_bytes_),
+      memory_(kBytes),
+      index_(reinterpret_cast<uint32_t*>(memory_.data())),
+      ways_(reinterpret_cast<Way*>(index_ + kIndex)),
+      log_(reinterpret_cast<uint8_t*>(ways_ + 2 * sets_)) {}
 
-void PieceCache::clear() {
-  std::memset(tables_.get(), 0, kWays * sizeof(Way) + kIndex * sizeof(uint32_t));
+void PieceCache::renew_when_full() {
+  if (refused_ <= records_) return;
+  sets_ = kFewSets;
+  log_ = reinterpret_cast<uint8_t*>(ways_ + 2 * sets_);
+  std::memset(memory_.data(), 0, log_ - memory_.data());
   records_ = refused_ = 0;
   log_end_ = 1;
 }
@@ -36,6 +33,7 @@ void PieceCache::clear() {
 // Waiting for memory is what costs most: the keys of a group are made first, and their places
 // fetched ahead.
 uint32_t* PieceCache::encode(const PieceScanner& batch, uint32_t* out) {
+  renew_when_full();
   ShortKey keys[kGroup];
   const Way* sets[kGroup];
   const uint8_t* const base = batch.base();
@@ -44,19 +42,22 @@ uint32_t* PieceCache::encode(const PieceScanner& batch, uint32_t* out) {
     const uint32_t* const starts = batch.starts() + begin;
     const size_t count = std::min(kGroup, batch.pieces() - begin);
     for (size_t i = 0; i < count; ++i) {
-      keys[i] = key_at(base + starts[i], starts[i + 1] - starts[i]);
+      const size_t size = starts[i + 1] - starts[i];
+      keys[i] = key_at(base + starts[i], size);
+      if (size > kShortKey) [[unlikely]]
+        keys[i] = long_key(base + starts[i], size);
       sets[i] = set_of(hash_of(keys[i]));
       __builtin_prefetch(sets[i]);
     }
     size_t missing = 0;
     for (size_t i = 0; i < count; ++i) {
       const Way* const way = sets[i] + differ(sets[i]->key, keys[i]);
-      std::memcpy(out, way->ids, sizeof way->ids + sizeof way->count);
+      std::memcpy(out, way->ids, 16);
       if (differ(way->key, keys[i])) [[unlikely]] {
-        if (!missing++ & many) fetch_missing(base, starts + i, keys + i, count - i);
-        out = encode(base + starts[i], starts[i + 1] - starts[i], keys[i], out);
-      } else if (way->count > kInPlace) {
-        out = emit(*way, out);
+        if (!missing++ & many) fetch_missing(keys + i, count - i);
+        out = resolve(base + starts[i], starts[i + 1] - starts[i], keys[i], out);
+      } else if (way->count > kPlain) {
+        out = emit_more(base + starts[i], starts[i + 1] - starts[i], *way, out);
       } else {
         out += way->count;
       }
@@ -67,76 +68,105 @@ uint32_t* PieceCache::encode(const PieceScanner& batch, uint32_t* out) {
 }
 
 // Fetches ahead what those of the pieces will need that do not stand in their sets.
-void PieceCache::fetch_missing(const uint8_t* base, const uint32_t* starts, const ShortKey* keys,
-                               size_t count) const {
+void PieceCache::fetch_missing(const ShortKey* keys, size_t count) const {
   for (size_t i = 0; i < count; ++i) {
-    uint64_t hash = hash_of(keys[i]);
+    const uint64_t hash = hash_of(keys[i]);
     const Way* const set = set_of(hash);
     if (!(differ(set[0].key, keys[i]) & differ(set[1].key, keys[i]))) continue;
-    const size_t size = starts[i + 1] - starts[i];
-    if (size > kShortKey) hash = hash_bytes(base + starts[i], size);
     vocabulary_.prefetch(hash);
     __builtin_prefetch(slot_of(hash));
   }
 }
 
 uint32_t* PieceCache::encode(const uint8_t* piece, size_t size, uint32_t* out) {
-  return encode(piece, size, size <= kShortKey ? short_key(piece, size) : ShortKey{}, out);
+  renew_when_full();
+  return encode_one(piece, size, out);
 }
 
-uint32_t* PieceCache::encode(const uint8_t* piece, size_t size, ShortKey key, uint32_t* out) {
-  const uint64_t hash = size <= kShortKey ? hash_of(key) : hash_bytes(piece, size);
-  if (size <= kShortKey) {
-    const Way* const set = set_of(hash);
-    const Way* const way = set + differ(set->key, key);
-    if (!differ(way->key, key)) return emit(*way, out);
-  }
-  return resolve(piece, size, key, hash, out);
+uint32_t* PieceCache::encode_one(const uint8_t* piece, size_t size, uint32_t* out) {
+  const ShortKey key = size <= kShortKey ? short_key(piece, size) : long_key(piece, size);
+  const Way* const set = set_of(hash_of(key));
+  const Way* const way = set + differ(set->key, key);
+  if (differ(way->key, key)) return resolve(piece, size, key, out);
+  if (way->count > kPlain) return emit_more(piece, size, *way, out);
+  std::memcpy(out, way->ids, 16);
+  return out + way->count;
 }
 
-uint32_t* PieceCache::emit(const Way& way, uint32_t* out) const {
-  std::memcpy(out, way.ids, sizeof way.ids + sizeof way.count);
-  if (way.count <= kInPlace) return out + way.count;
-  for (size_t i = 0, place = way.ids[0]; i < way.count; ++i, place += id_bytes_) {
-    out[i] = id_at(place);
-  }
-  return out + way.count;
-}
-
-// A piece that does not stand in its set.
-uint32_t* PieceCache::resolve(const uint8_t* piece, size_t size, ShortKey key, uint64_t hash,
-                              uint32_t* out) {
-  Way way{key, {vocabulary_.whole(piece, size, hash)}, 1};
-  uint32_t* end = out + 1;
-  if (way.ids[0] != Vocabulary::kNoToken) {
-    *out = way.ids[0];
-  } else if (size > kLongest) {
-    return encode_cut(piece, size, out);
-  } else {
-    uint32_t record = find_record(piece, size, hash);
-    if (record) {
-      way.count = log_[record + 1];
-      for (size_t i = 0; i < kInPlace; ++i) way.ids[i] = id_at(record + 2 + size + i * id_bytes_);
-    } else {
-      end = size > kShortKey ? encode_cut(piece, size, out)
-                             : out + vocabulary_.merge(piece, size, out);
-      way.count = static_cast<uint32_t>(end - out);
-      std::memcpy(way.ids, out, sizeof way.ids);
-      record = add_record(piece, size, hash, out, way.count);
-      if (!record && way.count > kInPlace) return end;
+// Four at a time: how many cannot be foretold.
+uint32_t* PieceCache::unpack(const uint8_t* ids, size_t count, uint32_t* out) const {
+  uint32_t* const end = out + count;
+  do {
+    for (int i = 0; i < 4; ++i, ids += id_bytes_) {
+      uint32_t id;
+      std::memcpy(&id, ids, sizeof id);
+      *out++ = id & id_mask_;
     }
-    if (way.count > kInPlace) way.ids[0] = static_cast<uint32_t>(record + 2 + size);
-    end = emit(way, out);
-  }
-  if (size <= kShortKey) remember(way, hash);
+  } while (out < end);
   return end;
 }
 
-void PieceCache::remember(const Way& way, uint64_t hash) {
-  Way* const set = set_of(hash);
-  if (set[0].key == way.key) return;
-  set[1] = set[0];
-  set[0] = way;
+uint32_t* PieceCache::emit_more(const uint8_t* piece, size_t size, const Way& way, uint32_t* out) {
+  if (way.count != kLogged) return unpack(way.ids, way.count, out);
+  uint32_t record;
+  std::memcpy(&record, way.ids, sizeof record);
+  return emit_record(piece, size, way.key, record, out);
+}
+
+uint32_t* PieceCache::emit_record(const uint8_t* piece, size_t size, ShortKey key, uint32_t record,
+                                  uint32_t* out) {
+  if (size > kShortKey && std::memcmp(&log_[record + 2], piece, size) != 0) {
+    return resolve(piece, size, key, out);  // another piece of the same hash
+  }
+  return unpack(&log_[record + 2 + size], log_[record + 1], out);
+}
+
+// A piece that does not stand in its set.
+uint32_t* PieceCache::resolve(const uint8_t* piece, size_t size, ShortKey key, uint32_t* out) {
+  const uint64_t hash = hash_of(key);
+  const uint32_t token = vocabulary_.whole(piece, size, hash);
+  uint32_t* end = out + 1;
+  *out = token;
+  if (size <= kShortKey && token != Vocabulary::kNoToken) {
+    remember(key, out, 1);
+    return end;
+  }
+  if (size > kLongest) return token != Vocabulary::kNoToken ? end : encode_cut(piece, size, out);
+  uint32_t record = find_record(piece, size, hash);
+  if (record) {
+    end = emit_record(piece, size, key, record, out);
+  } else {
+    if (token == Vocabulary::kNoToken) {
+      end = size <= kShortKey ? out + vocabulary_.merge(piece, size, out)
+                              : encode_cut(piece, size, out);
+    }
+    record = add_record(piece, size, hash, out, end - out);
+  }
+  const size_t count = end - out;
+  if (size <= kShortKey && count <= packed_) {
+    remember(key, out, count);
+  } else if (record) {
+    Way way{key, {}, kLogged};
+    std::memcpy(way.ids, &record, sizeof record);
+    remember(way);
+  }
+  return end;
+}
+
+void PieceCache::remember(ShortKey key, const uint32_t* ids, size_t count) {
+  Way way{key, {}, static_cast<uint8_t>(count)};
+  if (count <= kPlain) {
+    std::memcpy(way.ids, ids, kPlain * sizeof *ids);
+  } else {
+    for (size_t i = 0; i < packed_; ++i) std::memcpy(way.ids + i * id_bytes_, &ids[i], id_bytes_);
+  }
+  remember(way);
+}
+
+// The pieces that come first come most often: the first stays.
+void PieceCache::remember(const Way& way) {
+  Way* const set = set_of(hash_of(way.key));
+  set[set[0].count != 0] = way;
 }
 
 // A long piece is cut where no token can lie across: its parts are short, come again and again,
@@ -145,7 +175,7 @@ uint32_t* PieceCache::encode_cut(const uint8_t* piece, size_t size, uint32_t* ou
   size_t begin = 0;
   const auto part = [&](size_t end) {
     const size_t length = end - begin;
-    out = length <= kShortKey ? encode(piece + begin, length, out)
+    out = length <= kShortKey ? encode_one(piece + begin, length, out)
                               : out + vocabulary_.merge(piece + begin, length, out);
     begin = end;
   };
@@ -171,10 +201,8 @@ uint32_t PieceCache::find_record(const uint8_t* piece, size_t size, uint64_t has
 
 uint32_t PieceCache::add_record(const uint8_t* piece, size_t size, uint64_t hash,
                                 const uint32_t* ids, size_t count) {
-  if (log_end_ + kRecord > kLog || records_ > kIndex / 5 * 4) {
-    // What is known goes on serving until as much again was turned away: a text a little larger
-    // than the log would find nothing in one that always starts anew.
-    if (++refused_ > records_) clear();
+  if (log_ + log_end_ + kRecord > memory_.data() + kBytes || records_ > kIndex / 5 * 4) {
+    ++refused_;
     return 0;
   }
   const auto record = static_cast<uint32_t>(log_end_);
@@ -184,7 +212,7 @@ uint32_t PieceCache::add_record(const uint8_t* piece, size_t size, uint64_t hash
   std::memcpy(to, piece, size);
   to += size;
   for (size_t i = 0; i < count; ++i, to += id_bytes_) std::memcpy(to, &ids[i], sizeof ids[i]);
-  log_end_ = to - log_.get();
+  log_end_ = to - log_;
   uint32_t* slot = slot_of(hash);
   while (*slot) slot = slot + 1 == index_ + kIndex ? index_ : slot + 1;
   *slot = tag_of(hash) | record;

@@ -4,9 +4,8 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <cstdlib>
-#include <memory>
 
+#include "bpe/memory.h"
 #include "bpe/scan.h"
 #include "bpe/vocabulary.h"
 
@@ -22,59 +21,60 @@ class PieceCache {
   uint32_t* encode(const PieceScanner& batch, uint32_t* out);
 
  private:
-  // A piece of up to kShortKey bytes. Up to three ids are stored in place, so that a hit copies
-  // four numbers without looking at how many count; more stand in the log.
-  static constexpr uint32_t kInPlace = 3;
+  // A piece. Up to three ids stand in `ids` as they are, so that a hit copies 16 bytes without
+  // looking at how many count; a few more in id_bytes_ each. Still more stand in the log, and so do
+  // all of a piece longer than its key: there its bytes are compared.
   struct Way {
     ShortKey key;
-    uint32_t ids[kInPlace];  // ids[0]: where they stand in the log, when there are more
-    uint32_t count;
+    uint8_t ids[15];  // or the place of a record
+    uint8_t count;    // or kLogged
   };
+  static constexpr uint8_t kPlain = 3, kLogged = 255;
   static constexpr size_t kGroup = 32;
   static constexpr size_t kLongest = 255;  // bytes of a piece in the log
 
-  static constexpr size_t kSets = 1 << 15;  // of two ways, a cache line each
-  static constexpr size_t kWays = 2 * kSets;
+  // One stretch of memory: the index, the sets, and the rest is the log. Where that does not
+  // suffice for a text of many languages, half of the sets become log too.
+  static constexpr size_t kBytes = 10'000'000;
   static constexpr size_t kIndex = 5
                                    << 16;  // open addressing: tag << kPlaceBits | place in the log
   static constexpr int kPlaceBits = 23;
-  static constexpr size_t kLog = 6'500'000;
+  static constexpr size_t kManySets = 1 << 16, kFewSets = 1 << 15;
   static constexpr size_t kRecord = 2 + kLongest + 3 * kLongest + 4;  // at most
 
-  Way* set_of(uint64_t hash) const { return ways_ + 2 * ((hash >> 32) * kSets >> 32); }
+  Way* set_of(uint64_t hash) const { return ways_ + 2 * ((hash >> 32) * sets_ >> 32); }
   uint32_t* slot_of(uint64_t hash) const { return index_ + ((hash & 0xFFFFFFFF) * kIndex >> 32); }
   static uint32_t tag_of(uint64_t hash) {
     return static_cast<uint32_t>(hash >> 32) >> kPlaceBits << kPlaceBits;
   }
 
-  uint32_t* encode(const uint8_t* piece, size_t size, ShortKey key, uint32_t* out);
-  void fetch_missing(const uint8_t* base, const uint32_t* starts, const ShortKey* keys,
-                     size_t count) const;
-  uint32_t* resolve(const uint8_t* piece, size_t size, ShortKey key, uint64_t hash, uint32_t* out);
+  uint32_t* encode_one(const uint8_t* piece, size_t size, uint32_t* out);
+  void fetch_missing(const ShortKey* keys, size_t count) const;
+  uint32_t* resolve(const uint8_t* piece, size_t size, ShortKey key, uint32_t* out);
   uint32_t* encode_cut(const uint8_t* piece, size_t size, uint32_t* out);
-  uint32_t* emit(const Way& way, uint32_t* out) const;
-  void remember(const Way& way, uint64_t hash);
-  void clear();
+  uint32_t* emit_more(const uint8_t* piece, size_t size, const Way& way, uint32_t* out);
+  uint32_t* emit_record(const uint8_t* piece, size_t size, ShortKey key, uint32_t record,
+                        uint32_t* out);
+  void remember(ShortKey key, const uint32_t* ids, size_t count);
+  void remember(const Way& way);
+  // Starts anew when as many pieces were turned away as are known: till then these go on serving,
+  // as a text a little larger than the log would find nothing in one that always starts anew.
+  void renew_when_full();
 
   // A record: size and count in a byte each, the piece, its ids in id_bytes_ each.
   uint32_t find_record(const uint8_t* piece, size_t size, uint64_t hash) const;  // 0: none
   // 0: no room.
   uint32_t add_record(const uint8_t* piece, size_t size, uint64_t hash, const uint32_t* ids,
                       size_t count);
-  uint32_t id_at(size_t place) const {
-    uint32_t id;
-    std::memcpy(&id, log_.get() + place, sizeof id);
-    return id & id_mask_;
-  }
+  uint32_t* unpack(const uint8_t* ids, size_t count, uint32_t* out) const;
 
   const Vocabulary& vocabulary_;
-  const uint32_t id_bytes_, id_mask_;
-  struct Free {
-    void operator()(void* p) const { std::free(p); }
-  };
-  std::unique_ptr<uint8_t[], Free> tables_, log_;
-  Way* ways_;
-  uint32_t* index_;
+  const uint32_t id_bytes_, id_mask_, packed_;  // packed_: ids that fit in a Way
+  const ZeroedPages memory_;
+  uint32_t* const index_;
+  Way* const ways_;  // two a set: a cache line
+  size_t sets_ = kManySets;
+  uint8_t* log_;
   size_t records_ = 0, refused_ = 0, log_end_ = 1;
 };
 

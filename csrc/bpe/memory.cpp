@@ -1,6 +1,5 @@
 #include "bpe/memory.h"
 
-#include <cstdint>
 #include <cstdlib>
 #include <new>
 
@@ -9,29 +8,38 @@
 #endif
 
 namespace pygpt {
-namespace {
 
-constexpr size_t kHuge = size_t{2} << 20;
-
-}  // namespace
+#ifdef __linux__
 
 void advise_huge(void* data, size_t size) {
-#ifdef __linux__
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + 4095) & ~uintptr_t{4095};
   const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + size) & ~uintptr_t{4095};
   if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#else
-  (void)data;
-  (void)size;
-#endif
 }
 
-void* allocate_huge(size_t size) {
-  const size_t whole = (size + kHuge - 1) & ~(kHuge - 1);
-  void* const data = std::aligned_alloc(kHuge, whole);
-  if (!data) throw std::bad_alloc();
-  advise_huge(data, whole);
-  return data;
+ZeroedPages::ZeroedPages(size_t size) {
+  constexpr uintptr_t kHuge = uintptr_t{2} << 20;
+  mapped_ = size + kHuge;
+  mapping_ = mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (mapping_ == MAP_FAILED) throw std::bad_alloc();
+  data_ = reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(mapping_) + kHuge - 1) &
+                                     ~(kHuge - 1));
+  advise_huge(data_, size);
 }
+
+ZeroedPages::~ZeroedPages() { munmap(mapping_, mapped_); }
+
+#else
+
+void advise_huge(void*, size_t) {}
+
+ZeroedPages::ZeroedPages(size_t size) : mapped_(size), mapping_(std::calloc(size + 64, 1)) {
+  if (!mapping_) throw std::bad_alloc();
+  data_ = reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(mapping_) + 63) & ~uintptr_t{63});
+}
+
+ZeroedPages::~ZeroedPages() { std::free(mapping_); }
+
+#endif
 
 }  // namespace pygpt

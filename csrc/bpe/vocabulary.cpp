@@ -57,15 +57,14 @@ ShortKey short_key(const uint8_t* bytes, size_t size) {
   return std::bit_cast<ShortKey>(key);
 }
 
-uint64_t hash_bytes(const uint8_t* bytes, size_t size) {
-  if (size <= kShortKey) return hash_of(short_key(bytes, size));
+ShortKey long_key(const uint8_t* bytes, size_t size) {
   ShortKey words{size, 0};
   for (size_t i = 0; i + 8 < size; i += 8) {
     std::memcpy(&words.high, bytes + i, 8);
     words.low ^= hash_of(words);
   }
   std::memcpy(&words.high, bytes + size - 8, 8);
-  return hash_of(words);
+  return {hash_of(words), uint64_t{kShortKey + 1} << 56 | size};
 }
 
 void Vocabulary::store(const Token& token) {

@@ -31,7 +31,6 @@ inline uint64_t hash_of(ShortKey key) {
 }
 ShortKey short_key(const uint8_t* bytes, size_t size);  // size <= kShortKey
 constexpr size_t kShortKey = 15;
-uint64_t hash_bytes(const uint8_t* bytes, size_t size);  // of any size
 
 // kKeep[n] keeps the first n bytes of a key; `high` of a piece that is too long is like no short
 // one's.
@@ -48,12 +47,20 @@ inline constexpr auto kKeep = [] {
   return keep;
 }();
 
+// In place of a key, for more bytes: a hash and their number. Different bytes may share it.
+ShortKey long_key(const uint8_t* bytes, size_t size);
+
 // The key of a piece with 16 readable bytes.
 inline ShortKey key_at(const uint8_t* piece, size_t size) {
   ShortKey key;
   std::memcpy(&key, piece, sizeof key);
   const Keep& keep = kKeep[std::min(size, kShortKey + 1)];
   return {key.low & keep.low, (key.high & keep.high) | keep.size};
+}
+
+// Of bytes of any number: of their key.
+inline uint64_t hash_bytes(const uint8_t* bytes, size_t size) {
+  return hash_of(size <= kShortKey ? short_key(bytes, size) : long_key(bytes, size));
 }
 
 class Vocabulary {

@@ -14,11 +14,9 @@ import importlib
 import io
 import os
 import re
-import signal
 import sys
-import threading
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from pygpt.errors import PygptError
@@ -43,7 +41,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "doctor": ("machine:doctor", "what runs here and how; tests every native op against its twin"),
 }
 
-BAD_USAGE, BAD_FILE, NO_RESOURCE, INTERRUPTED, TERMINATED = 2, 3, 5, 130, 143
+BAD_USAGE, BAD_FILE, NO_RESOURCE, INTERRUPTED = 2, 3, 5, 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,11 +51,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if debug:
         args.remove("--debug")
     try:
-        with _terminable():
-            return _run(args)
-    except KeyboardInterrupt as stop:
+        return _run(args)
+    except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
-        return TERMINATED if isinstance(stop, _Terminated) else INTERRUPTED
+        return INTERRUPTED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has gone
         return 0
@@ -67,27 +64,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = _exit_code(error)
         print(f"pygpt: {_one_line(error, code)}", file=sys.stderr)
         return code
-
-
-class _Terminated(KeyboardInterrupt):
-    """SIGTERM came."""
-
-
-@contextlib.contextmanager
-def _terminable() -> Iterator[None]:
-    """SIGTERM is raised as Ctrl-C is, so that half-written files are removed."""
-
-    def stop(*_: object) -> None:
-        raise _Terminated
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _run(args: list[str]) -> int:

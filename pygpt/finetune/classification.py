@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pygpt import ops, weights
+from pygpt import ops
 from pygpt.config import GPTConfig, LoRAConfig, TrainConfig
 from pygpt.errors import DataError
 from pygpt.finetune.lora import LoRAModel
@@ -34,7 +35,6 @@ from pygpt.finetune.tuning import (
 from pygpt.model import GPT
 from pygpt.tokenizer import Tokenizer
 from pygpt.training import Batch, Event
-from pygpt.weights.layout import LazyTensor
 
 Trains = Literal["all", "last_block", "head"]
 
@@ -113,8 +113,7 @@ class GPTClassifier(nn.Module):
     def __init__(self, gpt: GPT, labels: Sequence[str]) -> None:
         super().__init__()
         self.gpt, self.labels = gpt, tuple(labels)
-        dtype = gpt.head_weight.dtype
-        self.head = nn.Linear(gpt.config.emb_dim, len(self.labels), dtype=dtype)
+        self.head = nn.Linear(gpt.config.emb_dim, len(self.labels))
         nn.init.normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
 
@@ -147,8 +146,8 @@ class GPTClassifier(nn.Module):
         """The GPT in Hugging Face layout, with `head.safetensors` and `labels.json` beside it."""
         folder = Path(folder)
         self.gpt.save_pretrained(folder, tokenizer)
-        head = {name: LazyTensor.of(tensor) for name, tensor in self.head.state_dict().items()}
-        weights.classifier.write(folder, head, self.labels)
+        save_file(self.head.state_dict(), folder / "head.safetensors")
+        (folder / "labels.json").write_text(json.dumps(self.labels) + "\n")
 
 
 class Classifier:
@@ -199,9 +198,8 @@ class Classifier:
         """The classifier in a run's folder or in a folder that `save` wrote."""
         folder = model_folder(folder, "labels.json", "finetune classify")
         gpt = GPT.from_pretrained(folder, device=device)
-        head, labels = weights.classifier.read(folder, gpt.config.emb_dim)
-        model = GPTClassifier(gpt, labels)
-        model.head.load_state_dict(head)
+        model = GPTClassifier(gpt, json.loads((folder / "labels.json").read_text()))
+        model.head.load_state_dict(load_file(folder / "head.safetensors"))
         return cls(model.to(gpt.head_weight.device).eval(), Tokenizer.from_file(folder))
 
 

@@ -33,8 +33,6 @@ from pygpt.generation import generate, stream
 from pygpt.model import GPT
 from pygpt.tokenizer import Tokenizer
 from pygpt.training import Batch, Event
-from pygpt.weights.files import read_json
-from pygpt.weights.layout import blaming
 
 _IGNORED = -100
 
@@ -234,9 +232,7 @@ class InstructModel:
     def load(cls, folder: str | Path, *, device: str | None = None) -> Self:
         """The model in a run's folder or in a folder that `save` wrote."""
         folder = model_folder(folder, "template.json", "finetune instruct")
-        path = folder / "template.json"
-        with blaming(path):
-            template = Template(**read_json(path))
+        template = Template(**json.loads((folder / "template.json").read_text()))
         model = GPT.from_pretrained(folder, device=device).eval()
         return cls(model, Tokenizer.from_file(folder), template)
 

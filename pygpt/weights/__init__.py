@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
@@ -15,12 +16,11 @@ from torch import Tensor
 from pygpt.config import GPTConfig
 from pygpt.errors import DataError, UsageError
 from pygpt.tokenizer import EOT, Tokenizer
-from pygpt.weights import classifier, gguf, hub, huggingface, llmc, openai, pickled
-from pygpt.weights.files import read_json, refuse_stand_ins
+from pygpt.weights import gguf, hub, huggingface, llmc, openai, pickled
+from pygpt.weights.files import read_json, refuse_stand_ins, write_safetensors, write_whole
 from pygpt.weights.layout import Checkpoint, LazyTensor
 
 TOKENIZERS = ("tokenizer.json", "vocab.json", "encoder.json")  # one of these is in a folder
-_FINETUNED = (classifier.HEAD, classifier.LABELS, "template.json")  # what fine-tuning adds
 _DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -78,11 +78,10 @@ def convert(
     to_gguf = target.suffix == ".gguf"
     known = gguf.TYPES if to_gguf else _DTYPES
     if dtype is not None and dtype not in known:
-        what = "GGUF" if to_gguf else "a folder"
-        raise UsageError(f"dtype of {what} must be one of {', '.join(known)}, got {dtype!r}")
-    if target.exists() and not to_gguf and not target.is_dir():
+        raise UsageError(f"dtype must be one of {', '.join(known)}, got {dtype!r}")
+    if target.is_file() and not to_gguf:
         raise UsageError(f"{target} is a file; give a folder, or a name that ends in .gguf")
-    if to_gguf and (checkpoint.classifier or (checkpoint.path / classifier.HEAD).is_file()):
+    if to_gguf and checkpoint.classifier is not None:
         raise UsageError(f"{source} classifies, which llama.cpp's gpt2 cannot; write a folder")
     folder, tensors, kind = checkpoint.folder, checkpoint.tensors, dtype or "f32"
     with tempfile.TemporaryDirectory() as scratch:
@@ -93,18 +92,17 @@ def convert(
             if dtype is not None:
                 tensors = {name: t.cast(_DTYPES[dtype]) for name, t in tensors.items()}
             kind = _dtype_names(tensors)
-            settings = folder / huggingface.CONFIG
-            eos_id = read_json(settings).get("eos_token_id") if settings.is_file() else None
+            beside = folder / huggingface.CONFIG
+            eos_id = read_json(beside).get("eos_token_id") if beside.is_file() else None
             huggingface.write(target, checkpoint.config, tensors, eos_id=eos_id)
             if checkpoint.classifier is not None:
+                write_safetensors(target / "head.safetensors", checkpoint.classifier)
                 labels = [str(n) for n in range(checkpoint.classifier["bias"].numel)]
-                classifier.write(target, checkpoint.classifier, labels)
-            beside = [checkpoint.path / name for name in _FINETUNED]
-            if tokenizer is not None:
-                beside += [tokenizer, tokenizer.with_name("tokenizer_config.json")]
-            for path in beside:
-                if path.is_file() and path.resolve() != (target / path.name).resolve():
-                    shutil.copyfile(path, target / path.name)
+                write_whole(target / "labels.json", [json.dumps(labels).encode()])
+            for name in ("tokenizer.json", "tokenizer_config.json") if tokenizer else ():
+                found = tokenizer.with_name(name)  # type: ignore[union-attr]
+                if found.is_file() and found.resolve() != (target / name).resolve():
+                    shutil.copyfile(found, target / name)
     count = sum(tensor.numel for tensor in tensors.values())
     return (
         f"read {checkpoint.path} ({checkpoint.format}, {count:,} parameters), wrote {target} "

@@ -27,15 +27,15 @@ _DTYPES = {code: dtype for dtype, code in _CODES.items()}
 _CHECKSUMS = "tensors_crc32c"
 
 
-def read_json(path: Path, kind: type = dict) -> Any:
-    """An object (or a list, for `kind` list) from a JSON file."""
+def read_json(path: Path) -> dict[str, Any]:
+    """An object from a JSON file."""
     refuse_stand_ins(path)
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not JSON: {error}") from None
-    if not isinstance(raw, kind):
-        raise DataError(f"{path} holds a {type(raw).__name__}, expected a {kind.__name__}")
+    if not isinstance(raw, dict):
+        raise DataError(f"{path} holds a {type(raw).__name__}, expected an object")
     return raw
 
 

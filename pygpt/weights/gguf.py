@@ -71,7 +71,6 @@ def write(path: Path, checkpoint: Checkpoint, kind: str, tokenizer: Path | None)
         offset += _aligned(tensor.numel // per_block * size)
     head = b"".join(header)
     data = (_data(tensor, kinds[name]) for name, tensor in tensors.items())
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, itertools.chain([_pad(head)], itertools.chain.from_iterable(data)))
 
 

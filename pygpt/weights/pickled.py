@@ -60,7 +60,7 @@ def read(path: Path, *, n_heads: int | None, lora_scale: float | None) -> Checkp
         if isinstance(name, str) and isinstance(tensor, Tensor)
     }
     if any(name.startswith("trf_blocks.") for name in tensors):
-        return _read_book(path, _merge_lora(path, tensors, lora_scale), n_heads)
+        return _read_book(path, _merge_lora(tensors, lora_scale), n_heads)
     attention = tensors.get("h.0.attn.c_attn.weight")
     if attention is None or len(attention.shape) != 2:
         raise DataError(
@@ -110,9 +110,7 @@ def _config(
     (vocab_size, emb_dim), (context_length, _) = sizes
     known = {size["emb_dim"]: size["n_heads"] for size in GPT2_SIZES.values()}
     if n_heads is None and emb_dim not in known:
-        raise UsageError(
-            f"{path} does not tell its number of attention heads; give n_heads (--n-heads)"
-        )
+        raise UsageError(f"{path} does not tell its number of attention heads; give n_heads")
     blocks = [int(found[1]) for name in tensors if (found := re.match(names[2], name))]
     with blaming(path):
         return GPTConfig(
@@ -142,9 +140,7 @@ def _read_book(path: Path, tensors: Mapping[str, LazyTensor], n_heads: int | Non
     return Checkpoint(path, "state dict of the book", config, renamed, classifier)
 
 
-def _merge_lora(
-    path: Path, tensors: Mapping[str, LazyTensor], scale: float | None
-) -> Mapping[str, LazyTensor]:
+def _merge_lora(tensors: Mapping[str, LazyTensor], scale: float | None) -> Mapping[str, LazyTensor]:
     """Fold `linear.weight + scale (A B)^T` of the book's LinearWithLoRA into one weight."""
     merged = {}
     for name, tensor in tensors.items():
@@ -152,8 +148,8 @@ def _merge_lora(
         if kind == "weight" and f"{base}.lora.A" in tensors:
             if scale is None:
                 raise UsageError(
-                    f"{path} has LoRA matrices ({base}.lora.A) but not their scale; give "
-                    f"lora_scale (--lora-scale; the book's alpha is 16)"
+                    f"the state dict has LoRA matrices ({base}.lora.A) but not their scale; "
+                    f"give lora_scale (the book's alpha, 16)"
                 )
             a, b = tensors[f"{base}.lora.A"].read(), tensors[f"{base}.lora.B"].read()
             tensor = LazyTensor.of(tensor.read() + scale * (a @ b).T)
