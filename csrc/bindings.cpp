@@ -2,6 +2,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <vector>
+
+#include "core/blocks.h"
 #include "core/error.h"
 #include "core/isa.h"
 #include "core/parallel.h"
@@ -24,6 +27,50 @@ void bind_machine(py::module_& m) {
   });
   m.def("num_threads", &num_threads);
 }
+
+// A tensor as DLPack passes it on: the layout that every framework agrees on
+// (https://dmlc.github.io/dlpack), of which torch.from_dlpack makes a tensor.
+struct PassedTensor {
+  void* data;
+  int32_t device_type = 1, device = 0;  // the CPU
+  int32_t dims;
+  uint8_t type_code, type_bits;
+  uint16_t type_lanes = 1;
+  int64_t* shape;
+  int64_t* strides = nullptr;  // row-major
+  uint64_t byte_offset = 0;
+  void* owner;
+  void (*deleter)(PassedTensor*);
+};
+
+// An uninitialised tensor in a block of core/blocks.h, or None where there is none to have.
+py::object empty_block(int dtype, std::vector<int64_t> shape) {
+  const bool is_float = static_cast<DType>(dtype) == DType::kFloat32;
+  size_t bytes = is_float ? 4 : 2;
+  for (const int64_t size : shape) bytes *= static_cast<size_t>(size);
+  void* block = take_block(bytes);
+  if (!block) return py::none();
+  auto* kept = new std::vector<int64_t>(std::move(shape));
+  const uint8_t code = static_cast<DType>(dtype) == DType::kBFloat16 ? 4 : 2;
+  auto* passed = new PassedTensor{.data = block,
+                                  .dims = static_cast<int32_t>(kept->size()),
+                                  .type_code = code,
+                                  .type_bits = static_cast<uint8_t>(is_float ? 32 : 16),
+                                  .shape = kept->data(),
+                                  .owner = kept,
+                                  .deleter = [](PassedTensor* tensor) {
+                                    give_block(tensor->data);
+                                    delete static_cast<std::vector<int64_t>*>(tensor->owner);
+                                    delete tensor;
+                                  }};
+  return py::capsule(passed, "dltensor", [](PyObject* capsule) {  // renamed once it was taken over
+    if (!PyCapsule_IsValid(capsule, "dltensor")) return;
+    auto* tensor = static_cast<PassedTensor*>(PyCapsule_GetPointer(capsule, "dltensor"));
+    tensor->deleter(tensor);
+  });
+}
+
+void bind_blocks(py::module_& m) { m.def("empty_block", &empty_block); }
 
 template <class T>
 T* pointer(uintptr_t address) {
@@ -205,6 +252,7 @@ PYBIND11_MODULE(_native, m) {
   py::register_local_exception_translator(&translate);
   current_isa();  // an unknown PYGPT_ISA is an error here, not at the first call
   bind_machine(m);
+  bind_blocks(m);
   bind_tokenizer(m);
   bind_cuda(m);
   bind_attention(m);

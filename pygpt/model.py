@@ -216,21 +216,18 @@ class GPT(nn.Module):
         assertion fires instead, since looking would wait for the device), or more than
         `context_length` tokens.
         """
-        return self._hidden(ids, cache, document_ids)
-
-    def _hidden(
-        self, ids: Tensor, cache: KVCache | None, document_ids: Tensor | None, sparse: bool = False
-    ) -> Tensor:
         self._check(ids, cache, document_ids)
+        return self._hidden(F.embedding(ids, self.tok_emb.weight), cache, document_ids)
+
+    def _hidden(self, x: Tensor, cache: KVCache | None, document_ids: Tensor | None) -> Tensor:
         if cache is not None:
-            positions = cache.advance(ids.shape[1], ids.device)
+            positions = cache.advance(x.shape[1], x.device)
         else:
-            positions = torch.arange(ids.shape[1], device=ids.device)[None]
+            positions = torch.arange(x.shape[1], device=x.device)[None]
             if document_ids is not None:
                 begins = document_ids.diff(prepend=document_ids[:, :1]) != 0
                 positions = positions - (begins * positions).cummax(1).values
-        x = F.embedding(ids, self.tok_emb.weight, sparse=sparse) + self.pos_emb(positions)
-        x = self.drop_emb(x)
+        x = self.drop_emb(x + self.pos_emb(positions))
         for block in self.blocks:
             x = block(x, cache, document_ids)
         return self.final_norm(x)  # type: ignore[no-any-return]
@@ -253,11 +250,12 @@ class GPT(nn.Module):
                 f"ids and targets must have equal shapes, "
                 f"got {tuple(ids.shape)} and {tuple(targets.shape)}"
             )
-        # The head's gradient of a tied matrix is dense: adding the batch's rows to it spares a CPU
-        # a second one of that size, a tenth of a step of GPT-2's.
-        sparse = self.config.tie_weights and ids.is_cpu and not torch.compiler.is_compiling()
-        x = self._hidden(ids, None, document_ids, sparse).flatten(0, 1)
-        loss = ops.linear_cross_entropy(x, self.head_weight, targets.flatten(), reduction=reduction)
+        self._check(ids, None, document_ids)
+        x, head = F.embedding(ids, self.tok_emb.weight), self.head_weight
+        if self.config.tie_weights:
+            x, head = ops.tied_embedding(ids, head)
+        x = self._hidden(x, None, document_ids).flatten(0, 1)
+        loss = ops.linear_cross_entropy(x, head, targets.flatten(), reduction=reduction)
         return loss.view_as(targets) if reduction == "none" else loss
 
     def _check(self, ids: Tensor, cache: KVCache | None, document_ids: Tensor | None) -> None:

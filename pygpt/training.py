@@ -29,7 +29,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from pygpt import __version__
+from pygpt import __version__, ops
 from pygpt.checkpoint import (
     Checkpoint,
     commit_folder,
@@ -228,6 +228,7 @@ def keep_freed_memory() -> None:
     more than what is computed in them: a tenth of a bfloat16 step of GPT-2 124M, for 5 % more
     memory. Holds for the rest of the process; `fit` calls it on a CPU.
     """
+    ops.keep_memory()
     if platform.libc_ver()[0] == "glibc":
         libc, trim_threshold, mmap_max = ctypes.CDLL(None), -1, -4
         libc.mallopt(mmap_max, 0)

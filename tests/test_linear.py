@@ -95,11 +95,24 @@ def test_no_rows_give_no_output_and_a_gradient_of_zero():
     assert torch.equal(weight.grad, torch.zeros(5, 4))
 
 
-def test_other_dtypes_and_autocast_go_to_torch():
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_under_autocast_it_is_as_exact_as_torch_and_keeps_no_narrow_weight(dtype):
+    leaves, upstream = example(70, 300, 96)
+    exact = results(F.linear, [x.detach().double().requires_grad_() for x in leaves], upstream)
+    with torch.autocast("cpu", dtype=dtype):
+        ours = results(ops.linear, leaves, upstream)
+        theirs = results(F.linear, leaves, upstream)
+        out = ops.linear(*leaves)
+    assert [x.dtype for x in ours] == [x.dtype for x in theirs]
+    assert any(x is leaves[1] for x in out.grad_fn.saved_tensors)
+    for a, b, e in zip(ours, theirs, exact, strict=True):
+        eps = 2 * torch.finfo(dtype).eps * e.abs().max()
+        assert (a - e).abs().max() <= 2 * (b - e).abs().max() + eps
+
+
+def test_float64_goes_to_torch():
     (x, weight, _), _ = example(70, 5, 4)
     assert ops.linear(x.double(), weight.double()).dtype == torch.float64
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert ops.linear(x, weight).dtype == torch.bfloat16
     with pytest.raises(ValueError, match="no kernel for these tensors"):
         ops.linear(x.double(), weight.double(), impl="native")
 

@@ -7,9 +7,10 @@ slow twin in `pygpt.reference`. "auto" takes native where a kernel for the tenso
 from pygpt.ops.activation import gelu, gelu_linear
 from pygpt.ops.attention import causal_attention
 from pygpt.ops.dispatch import Impl, backend, chosen_backend
+from pygpt.ops.embedding import tied_embedding
 from pygpt.ops.linear_loss import linear_cross_entropy
 from pygpt.ops.loss import Reduction, cross_entropy
-from pygpt.ops.native import native_info
+from pygpt.ops.native import keep_memory, native_info
 from pygpt.ops.product import linear
 from pygpt.ops.sampling import Sampled, sample
 
@@ -23,8 +24,10 @@ __all__ = [
     "cross_entropy",
     "gelu",
     "gelu_linear",
+    "keep_memory",
     "linear",
     "linear_cross_entropy",
     "native_info",
     "sample",
+    "tied_embedding",
 ]

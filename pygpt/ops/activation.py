@@ -10,8 +10,16 @@ from torch.nn import functional as F
 
 from pygpt import _native
 from pygpt.ops.dispatch import Impl, resolve
-from pygpt.ops.native import DTYPES, address, register
-from pygpt.ops.product import SGEMM_ROWS, linear, linear_gradients, product, register_linear
+from pygpt.ops.native import DTYPES, address, empty, register
+from pygpt.ops.product import (
+    SGEMM_ROWS,
+    autocast_dtype,
+    linear,
+    linear_gradients,
+    linear_native,
+    product,
+    register_linear,
+)
 
 
 def gelu(x: Tensor, *, impl: Impl = "auto") -> Tensor:
@@ -30,7 +38,7 @@ def gelu(x: Tensor, *, impl: Impl = "auto") -> Tensor:
 def _pass(x: Tensor, grad: Tensor | None = None) -> Tensor:
     """gelu(x), or with `grad` the gradient of x."""
     x, grad = x.contiguous(), None if grad is None else grad.contiguous()
-    out = torch.empty_like(x)
+    out = empty(x, x.shape)
     _native.gelu(x.data_ptr(), DTYPES[x.dtype], x.numel(), address(grad), out.data_ptr())
     return out
 
@@ -62,10 +70,9 @@ def gelu_linear(
     >>> gelu_linear(torch.zeros(1, 2), torch.ones(3, 2))
     tensor([[0., 0., 0.]])
     """
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    native = x.device.type == "cpu" and x.dtype == weight.dtype and x.dtype in DTYPES
+    x = x.to(autocast_dtype(x))
+    fits = x.dtype in DTYPES and weight.dtype in (x.dtype, torch.float32)
+    native = x.device.type == "cpu" and fits
     learns = torch.is_grad_enabled() and x.numel() >= SGEMM_ROWS * x.shape[-1]
     if resolve(impl, native=native, auto=learns) == "native":
         return torch.ops.pygpt.gelu_linear(x, weight, bias)  # type: ignore[no-any-return]
@@ -73,9 +80,7 @@ def gelu_linear(
 
 
 def _gelu_linear_native(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    out = x.new_empty(*x.shape[:-1], weight.shape[0])
-    product(_pass(x).view(-1, x.shape[-1]), weight.t(), out.view(-1, weight.shape[0]), bias)
-    return out
+    return linear_native(product, _pass(x), weight, bias)
 
 
 def _gelu_linear_gradients(

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from pygpt import _native, reference
 from pygpt.ops.dispatch import Impl, auto_takes, resolve, why_no_kernel
-from pygpt.ops.native import DTYPES, address, launch, register, rows
+from pygpt.ops.native import DTYPES, address, empty, launch, register, rows
 
 
 def causal_attention(
@@ -190,7 +190,7 @@ def _arguments(
 
 def _forward_fake(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     b, t, h, _ = q.shape
-    return q.new_empty(q.shape), q.new_empty((b, h, t), dtype=torch.float32)
+    return empty(q, q.shape), empty(q, (b, h, t), torch.float32)
 
 
 def _forward_cpu(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
@@ -230,7 +230,7 @@ def _in_chunks(x: Tensor) -> Tensor:
 def _backward_fake(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    return empty(q, q.shape), empty(k, k.shape), empty(v, v.shape)
 
 
 def _backward_native(

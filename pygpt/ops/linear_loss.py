@@ -21,8 +21,8 @@ from pygpt.ops.loss import (
     rows_pass,
     times,
 )
-from pygpt.ops.native import register
-from pygpt.ops.product import empty_gradients, product
+from pygpt.ops.native import empty, register
+from pygpt.ops.product import autocast_dtype, cast, empty_gradients, product, weight_gradient
 
 # Below this many logits there is nothing to save, and torch's calls cost less than ours.
 _FEW_LOGITS = 1 << 18
@@ -57,8 +57,7 @@ def linear_cross_entropy(
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must be ({weight.shape[0]},), got shape {tuple(bias.shape)}")
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    dtype = autocast_dtype(x)
     if dtype == x.dtype and not weight.dtype == x.dtype:
         raise ValueError(f"x and weight must have one dtype, got {x.dtype} and {weight.dtype}")
     native = not why_no_kernel(x.device, dtype)
@@ -100,7 +99,7 @@ def _pass(
     scales: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The loss, and the wanted ones among the gradients of x, weight and bias (else empty)."""
-    (rows, width), vocab = x.shape, weight.shape[0]
+    rows, vocab = len(x), len(weight)
     targets = targets.contiguous()
     if x.is_cuda:
         count = cuda_count(targets, ignore_index)
@@ -114,15 +113,12 @@ def _pass(
     if not rows:
         dweight.zero_()
     losses, total = torch.empty(rows, device=x.device), 0.0
-    half_x, half_weight = x.to(dtype), weight.to(dtype)
+    half_x, half_weight = cast(x, dtype), cast(weight, dtype)
     half_bias = None if bias is None else bias.to(dtype)
     most = _CUDA_LOGITS_BYTES if x.is_cuda else _LOGITS_BYTES
     chunks = -(-rows * vocab * half_x.element_size() // most) or 1
     chunk = max(1, -(-rows // chunks))
-    buffer = half_x.new_empty(chunk, vocab)
-    # 16-bit gradients of a float32 weight are added up in float32, in slices that a CPU can cache.
-    slice_rows = vocab if x.is_cuda else max(1, (1 << 21) // width)
-    part = half_x.new_empty(0 if dtype == weight.dtype else min(slice_rows, vocab), width)
+    buffer = empty(half_x, (chunk, vocab))
     for start in range(0, rows, chunk):
         piece = slice(start, min(start + chunk, rows))
         logits, x_piece = buffer[: piece.stop - start], half_x[piece]
@@ -145,13 +141,8 @@ def _pass(
             product(logits, half_weight, dx[piece])
         elif wanted[0]:
             dx[piece] = torch.mm(logits, half_weight)
-        if wanted[1] and dtype == weight.dtype:
-            product(logits.t(), x_piece, dweight, accumulate=start > 0)
-        elif wanted[1]:
-            for low in range(0, vocab, slice_rows):
-                words = slice(low, min(low + slice_rows, vocab))
-                some = torch.mm(logits[:, words].t(), x_piece, out=part[: words.stop - low])
-                dweight[words].add_(some) if start else dweight[words].copy_(some)
+        if wanted[1]:
+            weight_gradient(product, logits, x_piece, dweight, accumulate=start > 0)
         if wanted[2]:
             dbias += logits.sum(0, dtype=dbias.dtype)
     if reduction == "none":

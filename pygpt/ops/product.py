@@ -13,10 +13,11 @@ from torch.nn import functional as F
 
 from pygpt import _native
 from pygpt.ops.dispatch import Impl, resolve
-from pygpt.ops.native import address, register
+from pygpt.ops.native import DTYPES, address, empty, register
 
 # Below this many rows reading the weights dominates, and torch's product is as good.
 SGEMM_ROWS = 64
+_SLICE = 1 << 21  # elements of a narrow gradient that are made at a time
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, impl: Impl = "auto") -> Tensor:
@@ -28,21 +29,28 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, impl: Impl 
     >>> linear(torch.ones(1, 2), torch.tensor([[1.0, 2.0]]))
     tensor([[3.]])
     """
+    if impl == "auto" and x.device.type != "cpu":
+        return F.linear(x, weight, bias)  # in `backend("native")` too: there is no other
+    dtype = autocast_dtype(x)
     native = (
         x.device.type == "cpu"
-        and x.dtype == weight.dtype == torch.float32
-        and not torch.is_autocast_enabled("cpu")
+        and dtype in DTYPES
+        and weight.dtype in (dtype, torch.float32)
         and x.dim() > 0
         and x.shape[-1] == weight.shape[-1] > 0
     )
-    if impl == "auto" and x.device.type != "cpu":
-        return F.linear(x, weight, bias)  # in `backend("native")` too: there is no other
-    wins = native and x.numel() >= SGEMM_ROWS * x.shape[-1] and _sgemm_wins()
-    match resolve(impl, native=native, auto=wins):
-        case "native":
-            return torch.ops.pygpt.linear(x, weight, bias)  # type: ignore[no-any-return]
-        case _:
-            return F.linear(x, weight, bias)
+    many = native and x.numel() >= SGEMM_ROWS * x.shape[-1]
+    wins = _sgemm_wins() if dtype == torch.float32 else torch.is_grad_enabled()
+    if resolve(impl, native=native, auto=many and wins) == "native":
+        return torch.ops.pygpt.linear(x.to(dtype), weight, bias)  # type: ignore[no-any-return]
+    return F.linear(x, weight, bias)
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which products of x are made: autocast's within it."""
+    device = x.device.type
+    inside = torch.is_autocast_enabled(device) and x.dtype != torch.float64
+    return torch.get_autocast_dtype(device) if inside else x.dtype
 
 
 def sgemm(
@@ -104,20 +112,28 @@ def product(
     return (sgemm if faster else _torch_product)(a, b, out, bias, accumulate)
 
 
-def _forward_native(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _own_product(a: Tensor, b: Tensor, out: Tensor, *rest: Any, **options: Any) -> Tensor:
+    return (sgemm if out.dtype == torch.float32 else product)(a, b, out, *rest, **options)
+
+
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x.to(dtype), in kept memory."""
+    return x if x.dtype == dtype else empty(x, x.shape, dtype).copy_(x)
+
+
+def linear_native(
+    multiply: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Tensor | None
+) -> Tensor:
+    """The product is made in x's dtype; of a wider weight nothing narrow outlives it."""
     out = linear_fake(x, weight, bias)
-    sgemm(x.reshape(-1, x.shape[-1]), weight.t(), out.view(-1, weight.shape[0]), bias)
+    half_bias = None if bias is None else bias.to(x.dtype)
+    half = cast(weight, x.dtype)
+    multiply(x.reshape(-1, x.shape[-1]), half.t(), out.view(-1, weight.shape[0]), half_bias)
     return out
 
 
 def linear_fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return x.new_empty(*x.shape[:-1], weight.shape[0])
-
-
-def _backward_native(
-    grad: Tensor, x: Tensor, weight: Tensor, needed: list[bool]
-) -> tuple[Tensor, Tensor, Tensor]:
-    return linear_gradients(sgemm, grad, x, weight, needed)
+    return empty(x, (*x.shape[:-1], weight.shape[0]))
 
 
 def linear_gradients(
@@ -128,20 +144,41 @@ def linear_gradients(
     dx, dweight, dbias = empty_gradients(x, weight, needed)
     # forward: out = x weight^T + bias
     if needed[0]:
-        multiply(grads, weight, dx.view(rows.shape))
+        multiply(grads, cast(weight, x.dtype), dx.view(rows.shape))
     if needed[1]:
-        multiply(grads.t(), rows, dweight) if len(rows) else dweight.zero_()
+        weight_gradient(multiply, grads, rows, dweight) if len(rows) else dweight.zero_()
     if needed[2]:
-        torch.sum(grads, 0, out=dbias)
+        dbias.copy_(grads.sum(0))
     return dx, dweight, dbias
+
+
+def weight_gradient(
+    multiply: Callable[..., Tensor],
+    grads: Tensor,
+    rows: Tensor,
+    dweight: Tensor,
+    accumulate: bool = False,
+) -> None:
+    """dweight = grads^T rows, or +=; narrow products of a wider weight are widened in slices."""
+    if grads.dtype == dweight.dtype:
+        multiply(grads.t(), rows, dweight, accumulate=accumulate)
+        return
+    outputs, width = dweight.shape
+    slices = 1 if grads.is_cuda else -(-outputs * width // _SLICE) or 1  # a CPU can cache one
+    slice_rows = -(-outputs // slices)
+    part = empty(grads, (min(slice_rows, outputs), width))
+    for low in range(0, outputs, slice_rows):
+        piece = dweight[low : low + slice_rows]
+        some = torch.mm(grads[:, low : low + slice_rows].t(), rows, out=part[: len(piece)])
+        piece.add_(some) if accumulate else piece.copy_(some)
 
 
 def empty_gradients(x: Tensor, weight: Tensor, needed: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
     """Room for the needed ones among the gradients of x, weight and bias (else empty tensors)."""
     return (
-        x.new_empty(x.shape if needed[0] else 0),
-        weight.new_empty(weight.shape if needed[1] else 0),
-        weight.new_empty(weight.shape[0] if needed[2] else 0),
+        empty(x, x.shape if needed[0] else (0,)),
+        empty(weight, weight.shape if needed[1] else (0,)),
+        empty(weight, weight.shape[:1] if needed[2] else (0,)),
     )
 
 
@@ -176,4 +213,8 @@ def register_linear(name: str, forward: Callable[..., Any], gradients: Callable[
     )
 
 
-register_linear("linear", _forward_native, _backward_native)
+register_linear(
+    "linear",
+    functools.partial(linear_native, _own_product),
+    functools.partial(linear_gradients, _own_product),
+)
