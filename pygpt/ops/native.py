@@ -109,7 +109,7 @@ def empty(like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) 
     if _keeps_memory and large and like.is_cpu and type(like) in (Tensor, Parameter):
         block = _native.empty_block(DTYPES[dtype], shape)
         if block is not None:
-            return from_dlpack(block)  # type: ignore[no-any-return,no-untyped-call]
+            return from_dlpack(block)
     return like.new_empty(shape, dtype=dtype)
 
 
