@@ -11,6 +11,7 @@ import pytest
 
 import pygpt
 from pygpt.cli import VERBS, main
+from pygpt.cli import text as cli_text
 
 WORDS = "stone river cloud green night table seven light under winter paper glass".split()  # noqa: SIM905
 
@@ -166,6 +167,44 @@ def test_tokenizer_verbs_round_trip(place, tmp_path, capsys):
     assert capsys.readouterr().out == (place / "book.txt").read_text()
 
 
+def test_tokenizers_of_every_format_are_described_and_encode(place, tmp_path, capsys):
+    book, names = str(place / "book.txt"), ("tok.json", "folder", "tok.tiktoken")
+    for name in names:
+        command = ["tokenizer", "train", book, "--vocab-size", "290"]
+        assert main([*command, "--out", str(tmp_path / "new" / name)]) == 0
+    assert "neither pattern nor special tokens" in capsys.readouterr().err
+    (tmp_path / "new" / "folder" / "tokenizer.json").unlink()  # GPT-2's pair of files is left
+    counts = set()
+    for name in ("tok.json", "folder", "folder/vocab.json", "folder/merges.txt"):
+        assert main(["info", str(tmp_path / "new" / name), "--json"]) == 0
+        facts = json.loads(capsys.readouterr().out)
+        assert facts["n_vocab"] == 290 and facts["ordinary_tokens"] == 289
+        assert facts["special_tokens"] == {"<|endoftext|>": 289} and facts["pattern"] == "gpt2"
+        assert main(["tokenizer", "encode", str(tmp_path / "new" / name), book, "--count"]) == 0
+        counts.add(capsys.readouterr().out)
+    assert len(counts) == 1
+    assert main(["info", str(tmp_path / "new" / "tok.tiktoken")]) == 0
+    assert "not in this file" in capsys.readouterr().out
+
+
+def test_training_text_may_come_through_a_pipe_in_parts(tmp_path):
+    text = "It's the naïve word, and then 12 words more.\r\n" * 400
+    (tmp_path / "text.txt").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    merges = []
+    for size in (1 << 24, 1000):
+        with (tmp_path / "text.txt").open("rb") as file:
+            texts = list(cli_text._parts(file, "text.txt", size))
+        assert "".join(texts) == text.replace("\r\n", "\n") and len(texts) > 1
+        merges.append(pygpt.Tokenizer.train(texts, 270)._native.merges())
+    assert merges[0] == merges[1]
+    for out, given in (("a.json", None), ("b.json", tmp_path / "text.txt")):
+        command = [sys.executable, "-m", "pygpt", "tokenizer", "train", "--vocab-size", "270"]
+        command += ["--out", str(tmp_path / out), *([str(given)] if given else [])]
+        text = b"" if given else (tmp_path / "text.txt").read_bytes()
+        subprocess.run(command, input=text, check=True)
+    assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()
+
+
 def test_prefer_continues_an_instructed_model(place, tmp_path):
     pairs = [
         {"instruction": "Repeat:", "input": f"{a} {b}", "chosen": f"{a} {b}", "rejected": b}
@@ -201,6 +240,7 @@ def broken(place, tmp_path):
     """Files as people have them: empty, a folder, binary, cut off, of the wrong kind."""
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "binary.txt").write_bytes(bytes(range(256)) * 4)
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     (tmp_path / "bad.jsonl").write_text('{"text": "fine"}\n{"text": \n')
     (tmp_path / "nolabel.csv").write_text("a,b\n1,2\n")
     (tmp_path / "oneclass.csv").write_text("label,text\n" + "x,hello\n" * 20)
@@ -238,7 +278,19 @@ MISTAKES = [
     (["finetune", "instruct", "{place}/runs", "{place}/texts.tsv"], 3, "instruction"),
     (["eval", "{place}/runs", "poetry", "{place}/book.txt"], 2, "poetry"),
     (["tokenizer", "encode", "{broken}/tokenizer.json"], 3, "tokenizer.json"),
-    (["tokenizer", "decode", "{place}/runs/pretrain", "999999"], 2, "999999"),
+    (["tokenizer", "encode", "{place}/book.txt"], 3, "not JSON"),
+    (["tokenizer", "encode", "{place}/runs/pretrain", "{broken}/absent.txt"], 3, "absent.txt"),
+    (["tokenizer", "encode", "{place}/runs/pretrain", "{broken}/folder"], 3, "folder"),
+    (["tokenizer", "encode", "{place}/runs/pretrain", "{broken}/latin.txt"], 3, "at byte 3"),
+    (["tokenizer", "decode", "{place}/runs/pretrain", "999999"], 2, "999999 is no token id"),
+    (["tokenizer", "decode", "{place}/runs/pretrain", "--", "-1"], 2, "-1 is no token id"),
+    (["tokenizer", "train", "{broken}/empty.txt"], 3, "empty.txt is empty"),
+    (["tokenizer", "train", "{broken}/binary.txt"], 3, "binary.txt"),
+    (["tokenizer", "train", "{broken}/latin.txt"], 3, "latin.txt is not UTF-8"),
+    (["tokenizer", "train", "{broken}/absent.txt"], 3, "absent.txt"),
+    (["tokenizer", "train", "{place}/book.txt", "--out", "{broken}/a.bin"], 2, "a .json or"),
+    (["tokenizer", "train", "{place}/book.txt", "--vocab-size", "20"], 2, "vocab_size"),
+    (["tokenizer", "train", "{place}/book.txt", "--pattern", "("], 2, "regular expression"),
     (["prepare", "{place}/book.txt"], 2, "--out"),
     (["info", "{place}/runs"], 2, "choose one"),
     (["info", "{broken}/binary.txt"], 3, "binary.txt"),

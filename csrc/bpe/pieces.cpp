@@ -3,6 +3,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
 #include <bit>
 #include <cerrno>
 #include <cstdlib>
@@ -71,6 +72,11 @@ void PieceSpill::read(size_t partition, PieceCounts* counts) {
   if (std::ferror(file)) fail(folder_);
 }
 
+PieceCounts::PieceCounts(size_t budget, PieceSpill* spill) : budget_(budget), spill_(spill) {
+  static std::atomic<uint64_t> tables{0};
+  order_ = ++tables * 0x9E3779B97F4A7C15u | 1;
+}
+
 void PieceCounts::add_text(Pattern pattern, std::string_view text) {
   const auto* begin = reinterpret_cast<const uint8_t*>(text.data());
   constexpr size_t kGroup = 32;  // keys made, and their places fetched, ahead of counting
@@ -84,7 +90,7 @@ void PieceCounts::add_text(Pattern pattern, std::string_view text) {
       for (size_t i = 0; i < count; ++i) {
         keys[i] = key_at(pieces.base() + starts[i], starts[i + 1] - starts[i]);
         hashes[i] = hash_of(keys[i]);
-        __builtin_prefetch(&slots_[hashes[i] >> shift_]);
+        __builtin_prefetch(&slots_[slot(hashes[i])]);
       }
       for (size_t i = 0; i < count; ++i) {
         const size_t size = starts[i + 1] - starts[i];
@@ -145,7 +151,7 @@ void PieceCounts::grow() {
   shift_ = 64 - std::countr_zero(slots_.size());
   for (const Slot& slot : old) {
     if (!slot.count) continue;
-    size_t i = hash_of(slot.key) >> shift_;
+    size_t i = this->slot(hash_of(slot.key));
     while (slots_[i].count) i = (i + 1) & (slots_.size() - 1);
     slots_[i] = slot;
   }

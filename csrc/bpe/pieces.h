@@ -42,8 +42,7 @@ class PieceSpill {
 class PieceCounts {
  public:
   // A table that would outgrow `budget` bytes goes to `spill`, where there is one.
-  explicit PieceCounts(size_t budget = ~size_t{0}, PieceSpill* spill = nullptr)
-      : budget_(budget), spill_(spill) {}
+  explicit PieceCounts(size_t budget = ~size_t{0}, PieceSpill* spill = nullptr);
 
   void add_text(Pattern pattern, std::string_view text);
   void add_piece(std::string_view piece, uint64_t count);
@@ -68,12 +67,13 @@ class PieceCounts {
     return {reinterpret_cast<const char*>(&slot.key), slot.key.high >> 56};
   }
   void add_short(ShortKey key, uint64_t hash, uint64_t count) {  // after make_room()
-    size_t i = hash >> shift_;
+    size_t i = slot(hash);
     while (slots_[i].count && slots_[i].key != key) i = (i + 1) & (slots_.size() - 1);
     used_ += slots_[i].count == 0;
     slots_[i].key = key;
     slots_[i].count += count;
   }
+  size_t slot(uint64_t hash) const { return hash * order_ >> shift_; }
   void add_long(std::string_view piece, uint64_t count);
   void make_room(size_t pieces);  // short ones
   void grow();
@@ -81,6 +81,7 @@ class PieceCounts {
   std::vector<Slot> slots_;  // open addressing
   size_t used_ = 0;
   int shift_ = 64;
+  uint64_t order_;  // every table has its own: pieces that come in another's crowd nowhere
   std::unordered_map<std::string, uint64_t> long_;
   size_t long_bytes_ = 0;
   size_t budget_;

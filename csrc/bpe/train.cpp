@@ -109,6 +109,7 @@ std::vector<std::pair<uint32_t, uint32_t>> MergeTrainer::train(
     uint32_t pair, word;
   };
   std::vector<Occurrence> occurrences;
+  uint64_t work = 0, reported = 0;  // words looked at; about 10 ms of them between two reports
   while (result.size() < merges && !queue.empty()) {
     const Candidate top = queue.top();
     queue.pop();
@@ -121,6 +122,7 @@ std::vector<std::pair<uint32_t, uint32_t>> MergeTrainer::train(
     const size_t known = pairs_.size();
     occurrences.clear();
     const uint64_t last = first_[top.pair + 1];
+    work += 1024 + last - first_[top.pair];
     for (uint64_t at = first_[top.pair]; at < last; ++at) {
       if (at + 8 < last) __builtin_prefetch(&words_[lists_[at + 8]]);
       const uint32_t w = lists_[at];
@@ -156,7 +158,10 @@ std::vector<std::pair<uint32_t, uint32_t>> MergeTrainer::train(
       (pairs_[p].right == made ? made_right[pairs_[p].left] : made_left[pairs_[p].right]) = kNone;
       enqueue(p);
     }
-    if (result.size() % 256 == 0) progress(result.size());
+    if (work - reported > 1 << 18) {
+      progress(result.size());
+      reported = work;
+    }
   }
   progress(result.size());
   return result;

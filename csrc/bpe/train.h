@@ -21,7 +21,7 @@ class MergeTrainer {
   // Merges in order, each a pair of ids; ids 0 to 255 are the bytes in GPT-2's order, 256 + i is
   // made by merge i. The pair of the highest count goes first, of equals the one of smallest ids,
   // which is the order of Hugging Face's trainer. Stops early when no pair occurs min_frequency
-  // times. `progress(done)` is called about every 256 merges and may throw to stop. Once only.
+  // times. `progress(done)` is called many times a second and may throw to stop. Once only.
   std::vector<std::pair<uint32_t, uint32_t>> train(size_t merges, uint64_t min_frequency,
                                                    const std::function<void(size_t)>& progress);
 

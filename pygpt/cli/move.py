@@ -8,8 +8,11 @@ from typing import Any, Literal
 
 from tyro.conf import Positional
 
-from pygpt import weights
+from pygpt import Tokenizer, weights
 from pygpt.cli.folders import PUBLISHED, load_tokenizer, model_folder
+from pygpt.errors import DataError
+from pygpt.tokenizer.formats import GPT2_FILES
+from pygpt.tokenizer.patterns import native_name
 
 
 def convert(
@@ -66,6 +69,8 @@ def info(
         print(json_module.dumps(facts))
     else:
         for name, value in facts.items():
+            if isinstance(value, dict):
+                value = ", ".join(f"{key} {entry:,}" for key, entry in value.items()) or "none"
             said = f"{value:,}" if type(value) is int else str(value)
             size = f" ({value / 1e6:,.1f} MB)" if name.endswith("_bytes") and value > 1e5 else ""
             print(f"{name.replace('_', ' '):20} {said}{size}")
@@ -74,23 +79,30 @@ def info(
 
 def _is_vocabulary(source: str) -> bool:
     path = Path(source)
-    if path.suffix in (".tiktoken", ".json") and path.is_file():
-        return True
-    return source in PUBLISHED[1:] or (path.is_dir() and _has_only_vocabulary(path))
-
-
-def _has_only_vocabulary(folder: Path) -> bool:
-    vocabulary = any((folder / name).exists() for name in ("tokenizer.json", "vocab.json"))
-    return vocabulary and not (folder / "config.json").exists()
+    if path.is_dir():
+        files = ("tokenizer.json", *GPT2_FILES)
+        return any((path / name).exists() for name in files) and not (path / "config.json").exists()
+    if path.suffix in (".tiktoken", ".json") or path.name in GPT2_FILES:
+        return path.is_file()
+    return source in (*PUBLISHED[1:], "bytes") and not path.exists()
 
 
 def _vocabulary(source: str) -> dict[str, Any]:
-    tok = load_tokenizer(source)
+    try:
+        tok, bare = load_tokenizer(source), False
+    except DataError:
+        if not source.endswith(".tiktoken"):
+            raise
+        tok, bare = Tokenizer.from_file(source, pattern="gpt2", special_tokens={}), True
+    special = {token: tok.encode_single_token(token) for token in tok.special_tokens_set}
+    ordinary = tok.token_byte_values()
     return {
         "name": tok.name,
         "n_vocab": tok.n_vocab,
-        "special_tokens": ", ".join(sorted(tok.special_tokens_set)) or "none",
-        "longest_token_bytes": max(map(len, tok.token_byte_values())),
+        "ordinary_tokens": len(ordinary),
+        "special_tokens": dict(sorted(special.items(), key=lambda item: item[1])),
+        "pattern": "not in this file" if bare else native_name(tok._pat_str) or tok._pat_str,
+        "longest_token_bytes": max(map(len, ordinary)),
     }
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from pygpt import _native
 from pygpt.errors import DataError
 from pygpt.tokenizer.formats import (
+    GPT2_FILES,
     Contents,
     byte_order,
     parse_hf,
@@ -74,7 +75,7 @@ class Tokenizer:
     def _finish(self, name: str, contents: Contents, native: _native.Bpe) -> None:
         pattern = contents.pattern
         self.name = name
-        self._pat_str = PATTERNS.get(pattern, pattern)
+        self._pat_str = PATTERNS.get(pattern.removesuffix("_base"), pattern)
         self._is_native = bool(native_name(pattern)) or not compile_pattern(pattern)
         self._special_tokens = dict(contents.special_tokens)
         self._native = native
@@ -127,15 +128,18 @@ class Tokenizer:
         """A vocabulary from tokenizer.json, a .tiktoken file, or a folder.
 
         In a folder tokenizer.json comes first, then vocab.json or encoder.json with merges.txt or
-        vocab.bpe. A .tiktoken file holds neither pattern nor special tokens: published files are
-        known by their hash, for others both arguments are needed. Templates that add special tokens
-        (a post-processor) are not applied. Raises DataError for a file that cannot be honoured.
+        vocab.bpe; one of these four stands for both. A .tiktoken file holds neither pattern nor
+        special tokens: published files are known by their hash, for others both arguments are
+        needed. Templates that add special tokens (a post-processor) are not applied. Raises
+        DataError for a file that cannot be honoured.
         """
         path = Path(path)
         try:
             if path.suffix == ".tiktoken" and not path.is_dir():
                 return cls._from_tiktoken(path, pattern, special_tokens)
-            if path.is_dir() and not (path / "tokenizer.json").exists():
+            if path.name in GPT2_FILES:
+                contents = read_gpt2_folder(path.parent, pattern, special_tokens)
+            elif path.is_dir() and not (path / "tokenizer.json").exists():
                 contents = read_gpt2_folder(path, pattern, special_tokens)
             else:
                 contents = parse_hf(read_json(path / "tokenizer.json" if path.is_dir() else path))
@@ -162,7 +166,7 @@ class Tokenizer:
         if pattern is None or special_tokens is None:
             raise DataError(
                 f"{path} holds neither pattern nor special tokens and is no published "
-                "vocabulary: give pattern= and special_tokens="
+                "vocabulary: give pattern= and special_tokens= to Tokenizer.from_file"
             )
         contents = Contents(pattern, special_tokens, [])
         native = _native.Bpe.from_tiktoken(data, native_name(pattern), _special_pairs(contents))

@@ -14,6 +14,8 @@ from pygpt import _native
 from pygpt.errors import DataError
 from pygpt.tokenizer.patterns import HF_PATTERNS, native_name
 
+GPT2_FILES = ("vocab.json", "encoder.json", "merges.txt", "vocab.bpe")
+
 
 class Contents(NamedTuple):
     """What makes a tokenizer. `merges` None is tiktoken's rule: ids are ranks.
@@ -53,7 +55,10 @@ def read_text(path: str | os.PathLike[str]) -> str:
 
 
 def read_json(path: Path) -> Any:
-    return json.loads(read_text(path))
+    try:
+        return json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path.name} is not JSON: {error}") from error
 
 
 def to_json(value: Any) -> bytes:
@@ -62,9 +67,14 @@ def to_json(value: Any) -> bytes:
 
 def write(path: Path, data: bytes) -> None:
     """All of it or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(data)
-    temporary.replace(path)
+    try:
+        temporary.write_bytes(data)
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def bytes_of(token: str) -> bytes:
@@ -104,9 +114,9 @@ def read_gpt2_folder(
             f"{folder} has neither tokenizer.json nor {' or '.join(names)} beside a merge list"
         )
 
-    vocabulary_path = find("vocab.json", "encoder.json")
+    vocabulary_path = find(*GPT2_FILES[:2])
     ids = read_json(vocabulary_path)
-    lines = read_text(find("merges.txt", "vocab.bpe")).splitlines()
+    lines = read_text(find(*GPT2_FILES[2:])).splitlines()
     if lines and lines[0].startswith("#version"):
         del lines[0]
     if not isinstance(ids, dict) or not all(isinstance(i, int) for i in ids.values()):

@@ -41,7 +41,8 @@ _NATIVE_NAME |= {regex: name for name, regex in HF_PATTERNS.items()}
 
 def native_name(pattern: str) -> str:
     """The native splitter for a pattern, or ''."""
-    return pattern if pattern in PATTERNS else _NATIVE_NAME.get(pattern, "")
+    name = pattern.removesuffix("_base")
+    return name if name in PATTERNS else _NATIVE_NAME.get(pattern, "")
 
 
 @lru_cache(maxsize=32)
