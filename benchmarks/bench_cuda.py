@@ -11,16 +11,18 @@ from __future__ import annotations
 import argparse
 import functools
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from bench_train_step import twins
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from pygpt import GPT, GPTConfig, ops
+from pygpt import GPT, GPTConfig, generate, ops
 from pygpt.ops.sampling import sample_torch
 
 BACKENDS = {
@@ -248,26 +250,77 @@ def linear_cross_entropy() -> None:
 
 
 def training_step(matmul: float) -> None:
-    say("GPT-2 124M training step, bf16 autocast, compiled, T 1024: tokens/s, share of matmul rate")
-    config = GPTConfig.preset("gpt2")
-    ids = torch.randint(50257, (16, 1025), device="cuda")
-    for impl in ("torch", "native"):
-        torch.manual_seed(0)
-        model = GPT(config).cuda()
+    say("GPT-2 124M step, 64k tokens (4 x 16 x 1024), bf16 autocast, compiled: tokens/s, of matmul")
+    ours, plain = (model.cuda() for model in twins(50257, 1024, 768, 12, 12))
+    ids = torch.randint(50257, (4, 16, 1025), device="cuda")
+    losses = []
+    for name, model, impl in (
+        ("plain PyTorch", plain, "torch"),
+        ("pygpt, torch's ops", ours, "torch"),
+        ("pygpt, native ops", ours, "native"),
+    ):
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
         loss_of = torch.compile(model.loss)
 
-        def step(loss_of: Callable[..., Tensor] = loss_of, optimizer=optimizer) -> None:
-            with torch.autocast("cuda", torch.bfloat16):
-                loss = loss_of(ids[:, :-1], ids[:, 1:])
-            loss.backward()
+        def step(
+            loss_of: Callable[..., Tensor] = loss_of,
+            optimizer: torch.optim.Optimizer = optimizer,
+        ) -> Tensor:
+            for part in ids:
+                with torch.autocast("cuda", torch.bfloat16):
+                    loss = loss_of(part[:, :-1], part[:, 1:])
+                loss.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+            return loss.detach()
 
         with ops.backend(impl):
-            rate = 16 * 1024 / milliseconds(step, 2.0) * 1e3
-        share = 3 * rate * model.flops_per_token(1024) / matmul
-        say(f"   {impl:7} {rate:,.0f} tokens/s   {share:.0%}")
+            with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
+                losses.append(float(model.loss(ids[0, :2, :-1], ids[0, :2, 1:])))
+            rate = ids.shape[0] * 16 * 1024 / milliseconds(step, 3.0) * 1e3
+        share = 3 * rate * ours.flops_per_token(1024) / matmul
+        say(f"   {name:18} {rate:,.0f} tokens/s   {share:.0%}")
+        torch._dynamo.reset()
+    assert abs(losses[0] - losses[1]) < 0.02, losses  # the third model has learned in between
+
+
+def generation() -> None:
+    try:
+        import transformers
+    except ImportError:
+        say("generation: transformers is not installed")
+        return
+    say("GPT-2 124M, 128 greedy tokens after 64, bf16: tokens/s")
+    transformers.utils.logging.disable_progress_bar()
+    model = GPT(GPTConfig.preset("gpt2", init_std=0.05)).eval()
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        theirs = transformers.GPT2LMHeadModel.from_pretrained(folder).cuda().eval()
+    model = model.cuda()
+
+    def usual(ids: Tensor, n: int) -> list[list[int]]:
+        return theirs.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=n,
+            min_new_tokens=n,
+            do_sample=False,
+            pad_token_id=0,
+        ).tolist()
+
+    def native(ids: Tensor, n: int) -> list[list[int]]:
+        with ops.backend("native"):
+            return generate(model, ids, n, temperature=0.0)
+
+    ids = torch.randint(50257, (8, 64), device="cuda")
+    assert native(ids, 16) == usual(ids, 16)  # in float32
+    model, theirs = model.bfloat16(), theirs.bfloat16()
+    for b in (1, 8):
+        found = []
+        for name, call in (("pygpt", native), ("transformers", usual)):
+            took = milliseconds(functools.partial(call, ids[:b], 128), 1.0)
+            found.append(f"{name} {b * 128 / took * 1e3:,.0f}")
+        say(f"   B {b}   " + "   ".join(found))
 
 
 def ceilings() -> tuple[float, float]:
@@ -289,7 +342,7 @@ def save(device: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "sections", nargs="*", help="attention small float decode sampling loss step"
+        "sections", nargs="*", help="attention small float decode sampling loss step generate"
     )
     parser.add_argument("--seconds", type=float, default=120.0, help="start no section after this")
     arguments = parser.parse_args()
@@ -306,6 +359,7 @@ def main() -> None:
         "loss": linear_cross_entropy,
         "float": float_attention,
         "step": lambda: training_step(matmul),
+        "generate": generation,
     }
     for section, run in sections.items():
         if arguments.sections and section not in arguments.sections:

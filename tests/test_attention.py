@@ -7,6 +7,8 @@ import torch
 from torch.library import opcheck
 
 from pygpt import _native, ops, reference
+from pygpt.cli.display import header
+from pygpt.ops import dispatch
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 names = {"ids": lambda x: str(x).removeprefix("torch.")}
@@ -268,6 +270,38 @@ def test_chosen_backend_says_why():
         assert ops.chosen_backend("sample", "cpu", torch.float32)[0] == "reference"
     with pytest.raises(ValueError, match="op must name"):
         ops.chosen_backend("softmax", "cpu", torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("problem", "capability", "said"),
+    [
+        ("the driver supports CUDA 12, this build needs 13: update the driver", (9, 0), "update"),
+        ("", (7, 5), "sm_75; the kernels need sm_80"),
+        ("", (9, 0), "has not been measured"),
+    ],
+)
+def test_a_runs_header_and_the_chosen_backend_name_what_is_wrong_with_a_gpu(
+    monkeypatch, problem, capability, said
+):
+    monkeypatch.setattr(dispatch, "_cuda_info", lambda: {"why_unusable": problem})
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A GPU")
+    device = torch.device("cuda")
+    backend, why = ops.chosen_backend("causal_attention", device, torch.bfloat16, 64)
+    assert backend == "torch" and said in why
+    line = header(device, torch.bfloat16, 64)
+    assert line.startswith("A GPU") and said in line
+
+
+def test_what_was_measured_on_a_gpu_is_chosen_there(monkeypatch):
+    monkeypatch.setattr(dispatch, "_cuda_info", lambda: {"why_unusable": ""})
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setitem(dispatch.MEASURED, ("sample", (9, 0)), "one day on an H100")
+    assert ops.chosen_backend("sample", "cuda", torch.bfloat16) == (
+        "native",
+        "measured one day on an H100",
+    )
+    assert ops.chosen_backend("causal_attention", "cuda", torch.bfloat16)[0] == "torch"
 
 
 def test_backend_context_forces_the_path():

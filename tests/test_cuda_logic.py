@@ -14,6 +14,7 @@ import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,71 +28,39 @@ NAMES = ("out", "dq", "dk", "dv")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-class Pointers(ctypes.Structure):
-    _fields_ = [
-        ("data", ctypes.c_void_p),
-        ("batch", ctypes.c_int64),
-        ("token", ctypes.c_int64),
-        ("head", ctypes.c_int64),
-    ]
+KINDS: dict[str, Any] = {
+    "p": ctypes.c_void_p,
+    "q": ctypes.c_int64,
+    "i": ctypes.c_int32,
+    "I": ctypes.c_uint32,
+    "f": ctypes.c_float,
+}
 
 
-class Attention(ctypes.Structure):
-    _fields_ = [
-        *((name, Pointers) for name in ("q", "k", "v", "out")),
-        ("lse", ctypes.c_void_p),
-        *(
-            (name, ctypes.c_int32)
-            for name in ("batches", "queries", "keys", "heads", "kv_heads", "channels", "dtype")
-        ),
-        ("scale", ctypes.c_float),
-        ("window", ctypes.c_int32),
-        ("document_starts", ctypes.c_void_p),
-        ("kv_lengths", ctypes.c_void_p),
-        ("dropout_threshold", ctypes.c_uint32),
-        ("kept_scale", ctypes.c_float),
-        ("seed", ctypes.c_void_p),
-    ]
+def struct(name: str, fields: str) -> Any:
+    """A struct of csrc's headers: "name:kind", with p a pointer and the struct module's letters."""
+    pairs = (field.split(":") for field in fields.split())
+    kinds = [(field, KINDS[kind]) for field, kind in pairs]
+    return type(name, (ctypes.Structure,), {"_fields_": kinds})
 
 
-class Sample(ctypes.Structure):
-    _fields_ = [
-        ("logits", ctypes.c_void_p),
-        ("dtype", ctypes.c_int32),
-        ("rows", ctypes.c_int64),
-        ("vocab", ctypes.c_int64),
-        ("logits_stride", ctypes.c_int64),
-        ("parameters", ctypes.c_void_p),
-        ("parameters_stride", ctypes.c_int64),
-        ("uniforms", ctypes.c_void_p),
-        ("bias", ctypes.c_void_p),
-        ("bias_stride", ctypes.c_int64),
-        ("history", ctypes.c_void_p),
-        ("history_length", ctypes.c_int64),
-        ("tokens", ctypes.c_void_p),
-    ]
-
-
-class CrossEntropy(ctypes.Structure):
-    _fields_ = [
-        ("logits", ctypes.c_void_p),
-        ("dtype", ctypes.c_int32),
-        ("rows", ctypes.c_int64),
-        ("vocab", ctypes.c_int64),
-        ("logits_stride", ctypes.c_int64),
-        ("targets", ctypes.c_void_p),
-        ("ignore_index", ctypes.c_int64),
-        ("losses", ctypes.c_void_p),
-        ("row_scale", ctypes.c_void_p),
-        ("row_scale_stride", ctypes.c_int64),
-    ]
-
-
-class Gradient(ctypes.Structure):
-    _fields_ = [
-        *((name, Pointers) for name in ("dout", "dq", "dk", "dv")),
-        ("delta", ctypes.c_void_p),
-    ]
+Pointers = KINDS["t"] = struct("CudaTensor", "data:p batch:q token:q head:q")
+Attention = struct(
+    "CudaAttention",
+    "q:t k:t v:t out:t lse:p batches:i queries:i keys:i heads:i kv_heads:i channels:i dtype:i "
+    "scale:f window:i document_starts:p kv_lengths:p dropout_threshold:I kept_scale:f seed:p",
+)
+Gradient = struct("CudaAttentionGradient", "dout:t dq:t dk:t dv:t delta:p")
+Sample = struct(
+    "SampleArgs",
+    "logits:p dtype:i rows:q vocab:q logits_stride:q parameters:p parameters_stride:q uniforms:p "
+    "bias:p bias_stride:q history:p history_length:q tokens:p",
+)
+CrossEntropy = struct(
+    "CudaCrossEntropy",
+    "logits:p dtype:i rows:q vocab:q logits_stride:q targets:p ignore_index:q losses:p row_scale:p "
+    "row_scale_stride:q",
+)
 
 
 @pytest.fixture(scope="session")
@@ -280,14 +249,14 @@ def run(emulator: ctypes.CDLL, inputs: Inputs, *, backward: bool, order: int = 0
     c = inputs.case
     out = torch.full_like(inputs.dout, math.nan)
     lse = torch.full((c.batches, c.heads, c.queries), math.nan)
-    struct = attention_struct(inputs, out, lse)
-    emulator.emulated_attention_forward(ctypes.byref(struct))
+    arguments = attention_struct(inputs, out, lse)
+    emulator.emulated_attention_forward(ctypes.byref(arguments))
     if not backward:
         return [out]
     delta = torch.full_like(lse, math.nan)
     grads = [torch.full_like(x, math.nan).contiguous() for x in (inputs.q, inputs.k, inputs.v)]
     gradient = Gradient(*(pointers(x) for x in (inputs.dout, *grads)), delta.data_ptr())
-    emulator.emulated_attention_backward(ctypes.byref(struct), ctypes.byref(gradient))
+    emulator.emulated_attention_backward(ctypes.byref(arguments), ctypes.byref(gradient))
     return [out, *grads]
 
 
@@ -350,6 +319,12 @@ def test_tiles_are_skipped_and_masked_by_ranges_that_match_the_definition(
     assert emulator.emulated_range_errors(6) == 0
 
 
+def test_swizzled_tiles_hold_every_chunk_once_without_bank_conflicts(
+    emulator: ctypes.CDLL,
+) -> None:
+    assert emulator.emulated_tile_errors() == 0
+
+
 def test_philox_gives_the_published_words() -> None:
     assert [hex(int(w)) for w in philox_words(0, Case(1, 4))[0, 0, 0]] == [
         "0x6627e8d5",
@@ -379,8 +354,8 @@ def test_decoding_merges_its_parts_to_the_definition(
     inputs = make_inputs(case, dtype, seed=case.keys)
     out = torch.full_like(inputs.dout, math.nan)
     lse = torch.full((case.batches, case.heads, case.queries), math.nan)
-    struct = attention_struct(inputs, out, lse)
-    splits = splits or emulator.emulated_attention_splits(ctypes.byref(struct))
+    arguments = attention_struct(inputs, out, lse)
+    splits = splits or emulator.emulated_attention_splits(ctypes.byref(arguments))
     assert splits > 0
     workspace = torch.full((splits * out.numel() // case.channels * (case.channels + 2),), math.nan)
     results = []
@@ -388,14 +363,14 @@ def test_decoding_merges_its_parts_to_the_definition(
         emulator.emulated_order(order)
         out.fill_(math.nan)
         emulator.emulated_attention_decode(
-            ctypes.byref(struct), splits, ctypes.c_void_p(workspace.data_ptr())
+            ctypes.byref(arguments), splits, ctypes.c_void_p(workspace.data_ptr())
         )
         results.append(out.clone())
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
     assert_close(results[:1], inputs)
     decoded = lse.clone()
-    emulator.emulated_attention_forward(ctypes.byref(struct))
+    emulator.emulated_attention_forward(ctypes.byref(arguments))
     torch.testing.assert_close(decoded, lse, rtol=1e-5, atol=1e-4)
 
 
@@ -410,7 +385,7 @@ def sample_tokens(
     rows, vocab = logits.shape
     tokens = torch.full((rows,), -7)
     keys = torch.full((rows, vocab), -7, dtype=torch.int32)
-    struct = Sample(
+    arguments = Sample(
         logits.data_ptr(),
         DTYPES.index(logits.dtype),
         rows,
@@ -425,7 +400,7 @@ def sample_tokens(
         0 if history is None else history.shape[1],
         tokens.data_ptr(),
     )
-    emulator.emulated_sample(ctypes.byref(struct), ctypes.c_void_p(keys.data_ptr()))
+    emulator.emulated_sample(ctypes.byref(arguments), ctypes.c_void_p(keys.data_ptr()))
     return tokens
 
 
@@ -493,7 +468,7 @@ def test_cross_entropy_and_its_gradient_match_the_definition(
     losses = torch.nn.functional.cross_entropy(exact, targets, reduction="none")
     (losses * scales).sum().backward()
     found = torch.full((rows,), math.nan)
-    struct = CrossEntropy(
+    arguments = CrossEntropy(
         logits.data_ptr(),
         DTYPES.index(dtype),
         rows,
@@ -508,8 +483,8 @@ def test_cross_entropy_and_its_gradient_match_the_definition(
     before = logits.clone()
     emulator.emulated_order(DTYPES.index(dtype))
     for scale in (None, scales.data_ptr()):
-        struct.row_scale = scale
-        emulator.emulated_cross_entropy(ctypes.byref(struct))
+        arguments.row_scale = scale
+        emulator.emulated_cross_entropy(ctypes.byref(arguments))
         torch.testing.assert_close(found, losses.float(), rtol=2e-6, atol=2e-6)
         if scale is None:
             assert torch.equal(logits, before)

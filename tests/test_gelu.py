@@ -115,3 +115,12 @@ def test_gelu_linears_registered_ops_are_sound():
         torch.ops.pygpt.gelu_linear_backward.default,
         (torch.randn(66, 3), x.detach(), weight.detach(), [True, True, True]),
     )
+
+
+def test_devices_without_a_kernel_of_it_use_torchs_even_where_native_is_asked_for():
+    x, weight = torch.empty(70, 8, device="meta"), torch.empty(5, 8, device="meta")
+    with ops.backend("native"):  # as a whole model on a GPU, whose attention has a native kernel
+        assert ops.gelu(x).shape == (70, 8)
+        assert ops.gelu_linear(x, weight).shape == ops.linear(x, weight).shape == (70, 5)
+    with pytest.raises(ValueError, match="impl='native' has no kernel"):
+        ops.gelu(x, impl="native")

@@ -11,6 +11,17 @@ fi
 out=$(mktemp -d)
 trap 'rm -rf "$out"' EXIT
 "$nvcc" --version | tail -n 1
+python=${PYTHON:-python3}
+if command -v cmake > /dev/null && "$python" -c 'import pybind11' 2> /dev/null; then
+  for choice in "" -DCMAKE_CUDA_ARCHITECTURES=90; do  # chosen by CMakeLists.txt, and by the user
+    cmake -S . -B "$out/build" -DPYGPT_CUDA=ON -DPython_EXECUTABLE="$(command -v "$python")" \
+      -DCMAKE_CUDA_COMPILER="$nvcc" $choice > "$out/report" 2>&1 || { cat "$out/report" >&2; exit 1; }
+    grep 'pygpt: CUDA' "$out/report"
+    rm -rf "$out/build"
+  done
+else
+  echo "cuda-check: no cmake, or no pybind11 in $python: the configuration was not checked"
+fi
 for source in csrc/cuda/*.cu; do
   for arch in 80 86 89 90; do
     "$nvcc" -std=c++17 -O3 -Icsrc -Xptxas -v -gencode "arch=compute_$arch,code=sm_$arch" \

@@ -67,8 +67,9 @@ def versions(names: list[str]) -> dict[str, str | None]:
 class Check:
     """Runs the steps, remembers one row of the table for each."""
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, device: str, seconds: float) -> None:
         self.device = device
+        self.deadline = time.perf_counter() + seconds
         self.rows: list[tuple[str, str, str]] = []
         self.env = {**os.environ, "PYTHONPATH": str(SITE), "PYTHONUNBUFFERED": "1"}
 
@@ -79,6 +80,10 @@ class Check:
         """The output of a command, or None where it failed; the row is left to the caller then."""
         print(f"\n== {step}: {' '.join(command)[:100]}", flush=True)
         began = time.perf_counter()
+        limit = min(limit, int(self.deadline - began))
+        if limit < 5:
+            self.row(step, "FAILED", "not begun: no time is left")
+            return None
         try:
             done = subprocess.run(
                 command, cwd=cwd, env=self.env, capture_output=True, text=True, timeout=limit
@@ -110,7 +115,7 @@ class Check:
         command += ["--disable-pip-version-check", "--target", str(SITE)]
         command += ["-C", f"cmake.define.PYGPT_CUDA={cuda}", "-C", "build-dir=build/gpu-build", "."]
         began = time.perf_counter()
-        if self.run("build", command, 580) is None:
+        if self.run("build", command, 300) is None:
             return False
         self.row("build", "ok", f"{time.perf_counter() - began:.0f} s, PYGPT_CUDA={cuda}")
         return True
@@ -119,14 +124,14 @@ class Check:
         select = ["-m", "cuda"] if self.device == "cuda" else ["tests/test_model.py"]
         command = [sys.executable, "-m", "pytest", "-o", "pythonpath=", "-p", "no:cacheprovider"]
         command += ["--import-mode=importlib", *select]
-        output = self.run("tests", command, 300)
+        output = self.run("tests", command, 240)
         if output is not None:
             found = re.findall(r"\d+ passed.*", output)
             self.row("tests", "ok", found[-1][:90] if found else "?")
 
     def training(self) -> None:
         output = self.run(
-            "training", [sys.executable, "-c", TRAIN, self.device], 240, ROOT / "build"
+            "training", [sys.executable, "-c", TRAIN, self.device], 120, ROOT / "build"
         )
         if output is not None:
             said = json.loads(next(x for x in output.splitlines() if x.startswith("{")))
@@ -136,7 +141,9 @@ class Check:
     def benchmarks(self) -> None:
         bench = ROOT / "benchmarks" / "bench_cuda.py"
         if self.device == "cuda" and bench.exists():
-            output = self.run("benchmarks", [sys.executable, str(bench)], 300)
+            left = max(20, self.deadline - time.perf_counter() - 40)  # the last section ends later
+            command = [sys.executable, str(bench), "--seconds", str(int(min(left, 200)))]
+            output = self.run("benchmarks", command, 300)
             if output is not None:
                 self.row("benchmarks", "ok", "table above")
 
@@ -157,7 +164,9 @@ class Check:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
-    device = parser.parse_args().device
+    parser.add_argument("--seconds", type=float, default=540, help="for all steps together")
+    arguments = parser.parse_args()
+    device = arguments.device
     if versions(["torch"])["torch"] is None:
         print("gpu-check: this python3 has no torch; install a CUDA build of torch 2.10 or later")
         return 2
@@ -166,7 +175,7 @@ def main() -> int:
     if device == "cuda" and not torch.cuda.is_available():
         print("gpu-check: torch sees no GPU here (torch.cuda.is_available() is False)")
         return 2
-    check = Check(device)
+    check = Check(device, arguments.seconds)
     check.packages()
     if check.build():
         check.tests()

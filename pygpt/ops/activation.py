@@ -30,6 +30,8 @@ def gelu(x: Tensor, *, impl: Impl = "auto") -> Tensor:
     >>> gelu(torch.tensor([0.0, 1.0]))
     tensor([0.0000, 0.8412])
     """
+    if impl == "auto" and x.device.type != "cpu":
+        return F.gelu(x, approximate="tanh")  # in `backend("native")` too: there is no other
     if resolve(impl, native=x.device.type == "cpu" and x.dtype in DTYPES) == "native":
         return torch.ops.pygpt.gelu(x)  # type: ignore[no-any-return]
     return F.gelu(x, approximate="tanh")
@@ -70,6 +72,8 @@ def gelu_linear(
     >>> gelu_linear(torch.zeros(1, 2), torch.ones(3, 2))
     tensor([[0., 0., 0.]])
     """
+    if impl == "auto" and x.device.type != "cpu":
+        return linear(gelu(x), weight, bias)
     x = x.to(autocast_dtype(x))
     fits = x.dtype in DTYPES and weight.dtype in (x.dtype, torch.float32)
     native = x.device.type == "cpu" and fits

@@ -46,9 +46,12 @@ def _cuda_info() -> dict[str, Any]:
 
 # torch.compile asks these two while it traces and takes the answers as they are.
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _cuda_problem() -> str:
-    """Why this build's CUDA kernels cannot run here, or nothing."""
-    return str(_cuda_info()["why_unusable"])
+def _cuda_problem(device: torch.device) -> str:
+    """Why this build's CUDA kernels cannot run on a GPU, or nothing."""
+    if problem := str(_cuda_info()["why_unusable"]):
+        return problem
+    major, minor = torch.cuda.get_device_capability(device)
+    return "" if major >= 8 else f"sm_{major}{minor}; the kernels need sm_80 or later"
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -64,8 +67,8 @@ def auto_takes(op: str, device: torch.device) -> bool:
 
 def why_no_kernel(device: torch.device, dtype: torch.dtype, head_dim: int | None = None) -> str:
     """What keeps native kernels from tensors of a kind, or nothing; heads are attention's."""
-    if device.type == "cuda" and _cuda_problem():
-        return f"CUDA tensors ({_cuda_problem()})"
+    if device.type == "cuda" and (problem := _cuda_problem(device)):
+        return f"CUDA tensors ({problem})"
     if device.type not in ("cpu", "cuda"):
         return f"{device.type} tensors"
     if dtype not in DTYPES:

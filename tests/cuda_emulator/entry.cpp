@@ -3,6 +3,32 @@
 
 using namespace pygpt;
 
+// Every chunk of a tile: where two share a place, where the same chunk of eight rows from a
+// multiple of eight on, which ldmatrix reads at once, meets a bank twice, and where a step to the
+// right does not end at the chunk that it names.
+template <int kD>
+int64_t tile_errors() {
+  constexpr int kRows = 128, kChunks = kD / 8;
+  int64_t errors = 0;
+  bool taken[kRows * kChunks] = {};
+  for (int row = 0; row < kRows; ++row) {
+    for (int chunk = 0; chunk < kChunks; ++chunk) {
+      const uint32_t offset = tile_offset<kD>(row, chunk);
+      const bool inside = offset % 16 == 0 && offset / 16 < kRows * kChunks;
+      errors += !inside || taken[offset / 16];
+      if (inside) taken[offset / 16] = true;
+      for (int other = row / 8 * 8; other < row; ++other) {
+        errors += tile_offset<kD>(other, chunk) % 128 == offset % 128;
+      }
+      for (int from = 0; from < 2; ++from) {
+        if ((chunk - from) % 2 || chunk < from) continue;
+        errors += step_right(tile_offset<kD>(row, from), chunk - from) != offset;
+      }
+    }
+  }
+  return errors;
+}
+
 extern "C" {
 
 void emulated_order(int order) { emulated::order = static_cast<emulated::Order>(order); }
@@ -22,6 +48,8 @@ void emulated_attention_decode(const CudaAttention* a, int splits, float* worksp
 void emulated_sample(const SampleArgs* a, int32_t* keys) { cuda_sample(*a, keys, {}); }
 
 void emulated_cross_entropy(const CudaCrossEntropy* a) { cuda_cross_entropy(*a, {}); }
+
+int64_t emulated_tile_errors() { return tile_errors<64>() + tile_errors<128>(); }
 
 // Every small shape, window, division into documents and length: how often the key and query ranges
 // that tiles are skipped and masked by differ from the definition of visibility.
