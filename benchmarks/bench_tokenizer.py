@@ -39,6 +39,7 @@ FILES = {  # gigatoken takes a path whose name says the pattern
     "cl100k_base": ("cl100k_base", "9b5ad71b2ce5302211f9c61530b329a4922fc6a4"),
     "o200k_base": ("o200k_base", "fb374d419588a4632f3f557e76b4b70aebbca790"),
 }
+PEERS = ["tiktoken", "gigatoken", "quicktok", "rs_bpe", "tokenizers"]
 
 
 def corpus(name: str) -> str:
@@ -196,6 +197,7 @@ def main() -> None:
     parser.add_argument("--measure", nargs=4, help=argparse.SUPPRESS)
     parser.add_argument("--corpus", nargs="+", default=["english", "python", "multilingual", "cjk"])
     parser.add_argument("--vocabulary", nargs="+", default=list(FILES))
+    parser.add_argument("--peers", nargs="+", default=PEERS, choices=PEERS)
     parser.add_argument(
         "--full", action="store_true", help="13 MB each, three rounds: minutes a row"
     )
@@ -211,7 +213,7 @@ def main() -> None:
     if not CACHE.is_dir():
         print(f"no published vocabularies in {CACHE}: peers are not compared")
         return
-    peers = ["tiktoken", "gigatoken", "quicktok", "rs_bpe", "tokenizers"]
+    peers = arguments.peers
     absent = [peer for peer in peers if importlib.util.find_spec(peer) is None]
     if absent:
         print(f"absent: {', '.join(absent)}")

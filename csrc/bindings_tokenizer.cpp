@@ -18,55 +18,85 @@ namespace py = pybind11;
 namespace pygpt {
 namespace {
 
-// The UTF-8 of a str, while this lives. Python would keep its own with the str from then on, and
-// takes several times as long to make it. A str with lone surrogates has none: it goes through
-// UTF-16, which joins pairs and replaces the rest.
+// The UTF-8 of a str, whole or in chunks that may be encoded on their own and stay in the
+// processor's cache. Python would take several times as long to make it, and keep it with the str
+// from then on. A str with lone surrogates has none: it goes through UTF-16, which joins pairs and
+// replaces the rest.
 class Utf8 {
  public:
-  explicit Utf8(py::handle text) : text_(py::reinterpret_borrow<py::object>(text)) {
+  static constexpr size_t kChunk = 1 << 16;  // characters, about
+  explicit Utf8(py::handle text, size_t chunk = SIZE_MAX)
+      : text_(py::reinterpret_borrow<py::object>(text)), chunk_(chunk) {
     if (!PyUnicode_Check(text.ptr())) {
       throw py::type_error(std::string("argument 'text': '") + Py_TYPE(text.ptr())->tp_name +
                            "' object is not an instance of 'str'");
     }
-    if (make()) return;
-    text_ = text_.attr("encode")("utf-16", "surrogatepass").attr("decode")("utf-16", "replace");
-    make();
+    left_ = PyUnicode_GET_LENGTH(text.ptr());
   }
-  std::string_view view() const { return view_; }
 
- private:
-  bool make() {
-    PyObject* const text = text_.ptr();
-    const void* const units = PyUnicode_DATA(text);
-    const auto count = static_cast<size_t>(PyUnicode_GET_LENGTH(text));
-    if (PyUnicode_IS_ASCII(text)) {
-      view_ = {static_cast<const char*>(units), count};
+  // Goes to the next chunk; false at the end. Needs no GIL.
+  bool next() {
+    if (!left_) return false;
+    const void* const data = PyUnicode_DATA(text_.ptr());
+    const size_t done = static_cast<size_t>(PyUnicode_GET_LENGTH(text_.ptr())) - left_;
+    if (PyUnicode_IS_ASCII(text_.ptr())) {
+      view_ = {static_cast<const char*>(data) + done, left_};
+      left_ = 0;
       return true;
     }
-    switch (PyUnicode_KIND(text)) {
-      case PyUnicode_1BYTE_KIND:
-        return make(static_cast<const Py_UCS1*>(units), count);
-      case PyUnicode_2BYTE_KIND:
-        return make(static_cast<const Py_UCS2*>(units), count);
-      default:
-        return make(static_cast<const Py_UCS4*>(units), count);
+    const auto kind = PyUnicode_KIND(text_.ptr());
+    if (kind == PyUnicode_1BYTE_KIND   ? make(static_cast<const Py_UCS1*>(data) + done)
+        : kind == PyUnicode_2BYTE_KIND ? make(static_cast<const Py_UCS2*>(data) + done)
+                                       : make(static_cast<const Py_UCS4*>(data) + done)) {
+      return true;
     }
+    const py::gil_scoped_acquire acquire;
+    const auto rest = py::reinterpret_steal<py::object>(
+        PyUnicode_Substring(text_.ptr(), static_cast<Py_ssize_t>(done), PY_SSIZE_T_MAX));
+    if (!rest) throw py::error_already_set();
+    text_ = rest.attr("encode")("utf-16", "surrogatepass").attr("decode")("utf-16", "replace");
+    left_ = PyUnicode_GET_LENGTH(text_.ptr());
+    return next();
   }
+  std::string_view view() const { return view_; }
+  size_t left() const { return left_; }  // characters after this chunk
+
+ private:
   template <class Unit>
-  bool make(const Unit* units, size_t count) {
+  bool make(const Unit* units) {
+    const size_t count = chunk_size(units);
     const size_t room = utf8_room<Unit>(count);
-    own_.reset(static_cast<char*>(std::malloc(room)));
-    if (!own_) throw std::bad_alloc();
-    if (room > 1 << 20) advise_huge(own_.get(), room);
+    if (room > room_) {
+      own_.reset(static_cast<char*>(std::malloc(room)));
+      if (!own_) throw std::bad_alloc();
+      if (room > 1 << 20) advise_huge(own_.get(), room);
+      room_ = room;
+    }
     const char* const end = to_utf8(units, count, own_.get());
-    if (end) view_ = {own_.get(), static_cast<size_t>(end - own_.get())};
-    return end;
+    if (!end) return false;
+    view_ = {own_.get(), static_cast<size_t>(end - own_.get())};
+    left_ -= count;
+    return true;
+  }
+
+  // A chunk ends before a blank after a letter, where a piece begins whatever the pattern.
+  template <class Unit>
+  size_t chunk_size(const Unit* units) const {
+    for (size_t size = chunk_; size < left_; size *= 2) {
+      for (size_t i = size; i > size / 2; --i) {
+        const auto before = static_cast<uint32_t>(units[i - 1]) | 0x20;
+        if ((units[i] == ' ' || units[i] == '\n') && before >= 'a' && before <= 'z') return i;
+      }
+    }
+    return left_;
   }
 
   struct Free {
     void operator()(char* p) const { std::free(p); }
   };
   py::object text_;
+  const size_t chunk_;
+  size_t left_, room_ = 0;
   std::unique_ptr<char, Free> own_;
   std::string_view view_;
 };
@@ -90,6 +120,20 @@ class SpecialChoice {
   const Specials* chosen_ = nullptr;
   Specials own_;
 };
+
+// Chunks are cut at blanks: no special token may hold one.
+size_t chunk_for(const Specials& allowed, const Specials& disallowed) {
+  return allowed.any_blank() || disallowed.any_blank() ? SIZE_MAX : Utf8::kChunk;
+}
+
+Ids encode(const Bpe& bpe, py::handle text, py::handle allowed, py::handle disallowed) {
+  const SpecialChoice allow(bpe, allowed), refuse(bpe, disallowed);
+  Utf8 utf8(text, chunk_for(*allow, *refuse));
+  Ids ids;
+  const py::gil_scoped_release release;
+  while (utf8.next()) bpe.encode(utf8.view(), *allow, *refuse, &ids, utf8.left());
+  return ids;
+}
 
 py::list list_of(const uint32_t* ids, size_t count) {
   auto list = py::reinterpret_steal<py::list>(PyList_New(static_cast<Py_ssize_t>(count)));
@@ -195,7 +239,11 @@ std::vector<Token> tokens_of(const std::vector<std::pair<std::string, uint32_t>>
 // Texts that stay alive while threads read them.
 struct Texts {
   explicit Texts(const py::iterable& sequence) {
-    for (const py::handle text : sequence) views.push_back(owners.emplace_back(text).view());
+    for (const py::handle text : sequence) {
+      Utf8& utf8 = owners.emplace_back(text);
+      utf8.next();
+      views.push_back(utf8.view());
+    }
   }
   std::vector<std::string_view> views;
   std::vector<Utf8> owners;
@@ -406,42 +454,31 @@ void bind_tokenizer(py::module_& m) {
           })
       .def("encode_ordinary",
            [](const Bpe& bpe, py::handle text) {
-             const Utf8 utf8(text);
+             Utf8 utf8(text, Utf8::kChunk);
              Ids ids;
              {
                const py::gil_scoped_release release;
-               bpe.encode_ordinary(utf8.view(), &ids);
+               while (utf8.next()) bpe.encode_ordinary(utf8.view(), &ids, utf8.left());
              }
              return list_of(ids.data(), ids.size());
            })
       .def("encode",
            [](const Bpe& bpe, py::handle text, py::handle allowed, py::handle disallowed) {
-             const Utf8 utf8(text);
-             const SpecialChoice allow(bpe, allowed), refuse(bpe, disallowed);
-             Ids ids;
-             {
-               const py::gil_scoped_release release;
-               bpe.encode(utf8.view(), *allow, *refuse, &ids);
-             }
+             const Ids ids = encode(bpe, text, allowed, disallowed);
              return list_of(ids.data(), ids.size());
            })
       .def("encode_to_numpy",
            [](const Bpe& bpe, py::handle text, py::handle allowed, py::handle disallowed) {
-             const Utf8 utf8(text);
-             const SpecialChoice allow(bpe, allowed), refuse(bpe, disallowed);
-             Ids ids;
-             {
-               const py::gil_scoped_release release;
-               bpe.encode(utf8.view(), *allow, *refuse, &ids);
-             }
-             return array_of(std::move(ids));
+             return array_of(encode(bpe, text, allowed, disallowed));
            })
       .def("count",
            [](const Bpe& bpe, py::handle text, py::handle allowed) {
-             const Utf8 utf8(text);
              const SpecialChoice allow(bpe, allowed);
+             Utf8 utf8(text, chunk_for(*allow, Specials()));
              const py::gil_scoped_release release;
-             return bpe.encode(utf8.view(), *allow, Specials(), nullptr);
+             size_t count = 0;
+             while (utf8.next()) count += bpe.encode(utf8.view(), *allow, Specials(), nullptr);
+             return count;
            })
       .def("encode_batch",
            [](const Bpe& bpe, const py::iterable& sequence, py::handle allowed,

@@ -30,25 +30,35 @@ void PieceCache::renew_when_full() {
   log_end_ = 1;
 }
 
-// Waiting for memory is what costs most: the keys of a group are made first, and their places
-// fetched ahead.
+// Waiting for memory is what costs most: the keys of a group are made, and their places fetched,
+// while the group before is looked up.
 uint32_t* PieceCache::encode(const PieceScanner& batch, uint32_t* out) {
   renew_when_full();
-  ShortKey keys[kGroup];
-  const Way* sets[kGroup];
+  struct Group {
+    ShortKey keys[kGroup];
+    const Way* sets[kGroup];
+  } groups[2];
   const uint8_t* const base = batch.base();
-  bool many = true;  // pieces were missing in the group before
-  for (size_t begin = 0; begin < batch.pieces(); begin += kGroup) {
+  const auto prepare = [&](size_t begin, Group& group) {
     const uint32_t* const starts = batch.starts() + begin;
     const size_t count = std::min(kGroup, batch.pieces() - begin);
     for (size_t i = 0; i < count; ++i) {
       const size_t size = starts[i + 1] - starts[i];
-      keys[i] = key_at(base + starts[i], size);
+      group.keys[i] = key_at(base + starts[i], size);
       if (size > kShortKey) [[unlikely]]
-        keys[i] = long_key(base + starts[i], size);
-      sets[i] = set_of(hash_of(keys[i]));
-      __builtin_prefetch(sets[i]);
+        group.keys[i] = long_key(base + starts[i], size);
+      group.sets[i] = set_of(hash_of(group.keys[i]));
+      __builtin_prefetch(group.sets[i]);
     }
+  };
+  bool many = true;  // pieces were missing in the group before
+  if (batch.pieces()) prepare(0, groups[0]);
+  for (size_t begin = 0, g = 0; begin < batch.pieces(); begin += kGroup, g ^= 1) {
+    if (begin + kGroup < batch.pieces()) prepare(begin + kGroup, groups[g ^ 1]);
+    const uint32_t* const starts = batch.starts() + begin;
+    const size_t count = std::min(kGroup, batch.pieces() - begin);
+    const ShortKey* const keys = groups[g].keys;
+    const Way* const* const sets = groups[g].sets;
     size_t missing = 0;
     for (size_t i = 0; i < count; ++i) {
       const Way* const way = sets[i] + differ(sets[i]->key, keys[i]);

@@ -20,11 +20,19 @@ const uint8_t* data_of(std::string_view s) { return reinterpret_cast<const uint8
 void Ids::reserve(size_t extra) {
   if (capacity_ - size_ >= extra) return;
   const size_t wanted = std::max(size_ + extra, capacity_ + capacity_ / 2);
-  auto* grown = static_cast<uint32_t*>(std::realloc(data_, wanted * sizeof(uint32_t)));
+  const size_t bytes = wanted * sizeof(uint32_t), used = size_ * sizeof(uint32_t);
+  void* grown = nullptr;
+  if (bytes >= 4 * kHugePage && used < bytes / 4) {  // the first of many: from a huge page on
+    grown = std::aligned_alloc(kHugePage, (bytes + kHugePage - 1) / kHugePage * kHugePage);
+    if (grown && used) std::memcpy(grown, data_, used);
+    if (grown) std::free(data_);
+  } else {
+    grown = std::realloc(data_, bytes);
+  }
   if (!grown) throw std::bad_alloc();
-  data_ = grown;
+  data_ = static_cast<uint32_t*>(grown);
   capacity_ = wanted;
-  if (wanted > 1 << 20) advise_huge(data_, wanted * sizeof(uint32_t));
+  if (wanted > 1 << 20) advise_huge(data_, bytes);
 }
 
 void Ids::append(const Ids& other) {
@@ -35,8 +43,11 @@ void Ids::append(const Ids& other) {
 }
 
 uint32_t* Ids::release() {
-  auto* shrunk = static_cast<uint32_t*>(std::realloc(data_, (size_ + 1) * sizeof(uint32_t)));
-  if (shrunk) data_ = shrunk;
+  if (!data_ || capacity_ - size_ > capacity_ / 16) {
+    if (void* const shrunk = std::realloc(data_, (size_ + 1) * sizeof(uint32_t))) {
+      data_ = static_cast<uint32_t*>(shrunk);
+    }
+  }
   capacity_ = size_ = 0;
   return std::exchange(data_, nullptr);
 }
@@ -66,6 +77,12 @@ Specials::Match Specials::find(std::string_view text, size_t from) const {
     }
   }
   return {std::string_view::npos, 0, 0};
+}
+
+bool Specials::any_blank() const {
+  return std::any_of(tokens_.begin(), tokens_.end(), [](const Entry& token) {
+    return token.bytes.find_first_of(" \n") != std::string::npos;
+  });
 }
 
 // Borrows a cache of a Bpe; a new one is made when all are in use. No lock, so that a fork at
@@ -101,7 +118,7 @@ Bpe::~Bpe() {
   for (auto& slot : idle_) delete slot.load();
 }
 
-size_t Bpe::encode_ordinary(std::string_view text, Ids* out) const {
+size_t Bpe::encode_ordinary(std::string_view text, Ids* out, size_t left) const {
   if (!pattern_) throw std::logic_error("this vocabulary has no native pattern");
   Ids scratch;
   Ids& ids = out ? *out : scratch;
@@ -111,8 +128,9 @@ size_t Bpe::encode_ordinary(std::string_view text, Ids* out) const {
   for (PieceScanner pieces(*pattern_, data_of(text), text.size()); pieces.next();) {
     const size_t bytes = pieces.starts()[pieces.pieces()];
     if (ids.room() < bytes + 4) {  // room for all, if the rest has as many ids a byte as so far
-      const double left = static_cast<double>(text.size() - done) * (ids.size() - before + 64);
-      ids.reserve(bytes + 4 + static_cast<size_t>(out ? left / (done + 256) * 1.05 : 0));
+      const double rate = 1.05 * static_cast<double>(ids.size() - before + 64) / (done + 256);
+      const size_t to_come = out ? text.size() - done + left : 0;
+      ids.reserve(bytes + 4 + static_cast<size_t>(rate * static_cast<double>(to_come)));
     }
     done += bytes;
     ids.set_end(cache->encode(pieces, ids.end()));
@@ -125,14 +143,15 @@ size_t Bpe::encode_ordinary(std::string_view text, Ids* out) const {
 }
 
 size_t Bpe::encode(std::string_view text, const Specials& allowed, const Specials& disallowed,
-                   Ids* out) const {
+                   Ids* out, size_t left) const {
   if (const auto match = disallowed.find(text, 0); match.at != std::string_view::npos) {
     throw DisallowedSpecial(std::string(text.substr(match.at, match.size)));
   }
   size_t count = 0;
   for (size_t from = 0;;) {
     const auto match = allowed.find(text, from);
-    count += encode_ordinary(text.substr(from, match.at - from), out);
+    const std::string_view stretch = text.substr(from, match.at - from);
+    count += encode_ordinary(stretch, out, text.size() - from - stretch.size() + left);
     if (match.at == std::string_view::npos) return count;
     if (out) out->push(match.id);
     ++count;

@@ -40,7 +40,7 @@ class Ids {
   void set_end(const uint32_t* end) { size_ = end - data_; }
   const uint32_t* data() const { return data_; }
   size_t size() const { return size_; }
-  uint32_t* release();  // shrunk to size; the caller frees it
+  uint32_t* release();  // never null, without much spare room; the caller frees it
 
  private:
   void swap(Ids& other) {
@@ -63,6 +63,7 @@ class Specials {
   // The leftmost match at or after `from`, the longest there; at == npos when there is none.
   Match find(std::string_view text, size_t from) const;
   bool empty() const { return tokens_.empty(); }
+  bool any_blank() const;  // a space or newline in one of them
 
  private:
   struct Entry {
@@ -91,13 +92,14 @@ class Bpe {
   std::optional<Pattern> pattern() const { return pattern_; }
 
   // Appends the ids of a text, specials as plain text; with out == nullptr only counts.
-  // Returns how many ids the text has.
-  size_t encode_ordinary(std::string_view text, Ids* out) const;
+  // Returns how many ids the text has. `left`: about so many bytes will follow in other calls, for
+  // whose ids room is made too.
+  size_t encode_ordinary(std::string_view text, Ids* out, size_t left = 0) const;
 
   // As above, with `allowed` tokens as single ids; throws DisallowedSpecial for one of
   // `disallowed`.
   size_t encode(std::string_view text, const Specials& allowed, const Specials& disallowed,
-                Ids* out) const;
+                Ids* out, size_t left = 0) const;
 
   // A piece that was cut elsewhere.
   void encode_piece(std::string_view piece, Ids* out) const;

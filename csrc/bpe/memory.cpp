@@ -18,12 +18,11 @@ void advise_huge(void* data, size_t size) {
 }
 
 ZeroedPages::ZeroedPages(size_t size) {
-  constexpr uintptr_t kHuge = uintptr_t{2} << 20;
-  mapped_ = size + kHuge;
+  mapped_ = size + kHugePage;
   mapping_ = mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (mapping_ == MAP_FAILED) throw std::bad_alloc();
-  data_ = reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(mapping_) + kHuge - 1) &
-                                     ~(kHuge - 1));
+  data_ = reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(mapping_) + kHugePage - 1) &
+                                     ~(kHugePage - 1));
   advise_huge(data_, size);
 }
 

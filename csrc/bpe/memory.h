@@ -7,6 +7,8 @@
 
 namespace pygpt {
 
+constexpr size_t kHugePage = size_t{2} << 20;
+
 // Asks for huge pages within [data, data + size). Only a wish.
 void advise_huge(void* data, size_t size);
 
