@@ -127,7 +127,7 @@ class Check:
         output = self.run("tests", command, 240)
         if output is not None:
             found = re.findall(r"\d+ passed.*", output)
-            self.row("tests", "ok", found[-1][:90] if found else "?")
+            self.row("tests", "ok", found[-1].rstrip(" =") if found else "?")
 
     def training(self) -> None:
         output = self.run(
