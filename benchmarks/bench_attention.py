@@ -17,7 +17,7 @@ from timing import interleaved, machine
 from torch import Tensor
 from torch.nn import functional as F
 
-from pygpt import ops
+from pygpt import ops, training
 
 SHAPES = [(4, 256, 12, 64), (4, 1024, 12, 64), (1, 4096, 12, 64), (1, 2048, 16, 128)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -107,6 +107,7 @@ def main() -> None:
     seconds = 0.25 if options.quick else 1.5
     torch.manual_seed(0)
     print(machine())
+    training.keep_freed_memory()  # as a training run does; fresh pages would be timed otherwise
     if options.decode:
         print("one query, 12 heads of 64: us ours / SDPA, ratio")
         for dtype in DTYPES:
