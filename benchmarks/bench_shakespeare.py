@@ -23,8 +23,8 @@ import time
 from pathlib import Path
 
 import torch
+from bench_train_step import PlainGPT
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 TARGET = 1.88
 RECIPE = (
@@ -36,46 +36,16 @@ TOKENS_PER_STEP = 8 * 128
 Curve = list[tuple[float, int, float]]  # seconds, tokens, validation loss
 
 
-class Plain(nn.Module):
-    """GPT-2's blocks in the fewest lines: no biases and a tied head, as in the recipe."""
-
-    def __init__(self, vocab_size: int, context: int, width: int, heads: int, layers: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.tokens, self.places = nn.Embedding(vocab_size, width), nn.Embedding(context, width)
-        self.blocks = nn.ModuleList()
-        for _ in range(layers):
-            block = {
-                "norm1": nn.LayerNorm(width, bias=False),
-                "qkv": nn.Linear(width, 3 * width, bias=False),
-                "out": nn.Linear(width, width, bias=False),
-                "norm2": nn.LayerNorm(width, bias=False),
-                "up": nn.Linear(width, 4 * width, bias=False),
-                "down": nn.Linear(4 * width, width, bias=False),
-            }
-            self.blocks.append(nn.ModuleDict(block))
-        self.norm = nn.LayerNorm(width, bias=False)
-        for name, p in self.named_parameters():
-            if p.ndim == 2:
-                residual = "out" in name or "down" in name
-                nn.init.normal_(p, std=0.02 / math.sqrt(2 * layers) if residual else 0.02)
-
-    def forward(self, ids: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
-        x = self.tokens(ids) + self.places(torch.arange(ids.shape[1]))
-        for b in self.blocks:
-            qkv = b["qkv"](b["norm1"](x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-            att = F.scaled_dot_product_attention(*qkv, is_causal=True)
-            x = x + b["out"](att.transpose(1, 2).flatten(2))
-            x = x + b["down"](F.gelu(b["up"](b["norm2"](x))))
-        logits = F.linear(self.norm(x), self.tokens.weight)
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction=reduction)
-
-
 def train_plain(train: Tensor, validation: Tensor, seconds: float) -> Curve:
     """The recipe of nanoGPT's train.py with the CPU arguments of its README."""
     context, batch, steps, warmup, lr, min_lr = 64, 12, 2000, 100, 1e-3, 1e-4
     torch.manual_seed(1337)
-    model = Plain(int(train.max()) + 1, context, width=128, heads=4, layers=4)
+    layers = 4
+    model = PlainGPT(int(train.max()) + 1, context, 128, 4, layers, bias=False, gelu="none")
+    for name, p in model.named_parameters():
+        if p.ndim == 2:
+            residual = "out" in name or "down" in name
+            nn.init.normal_(p, std=0.02 / math.sqrt(2 * layers) if residual else 0.02)
     matrices = [p for p in model.parameters() if p.ndim == 2]
     others = [p for p in model.parameters() if p.ndim < 2]
     optimizer = torch.optim.AdamW(

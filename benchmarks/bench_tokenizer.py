@@ -24,6 +24,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from memory import resident
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = Path(os.environ.get("PYGPT_DATA", ROOT / "../shared/data"))
@@ -122,13 +123,6 @@ def timed(call, argument):
     return time.perf_counter() - start, result
 
 
-def resident() -> float:
-    """MB of this process in memory, or nothing where /proc is not."""
-    statm = Path("/proc/self/statm")
-    pages = int(statm.read_text().split()[1]) if statm.exists() else 0
-    return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
-
-
 def measure(side: str, vocabulary: str, name: str, limit: int) -> dict:
     text = corpus(name)[:limit]
     text.encode()
@@ -136,7 +130,7 @@ def measure(side: str, vocabulary: str, name: str, limit: int) -> dict:
     start, before = time.perf_counter(), resident()
     encode, encode_list, decode, count = load(side, vocabulary)
     seconds = {"load": time.perf_counter() - start}
-    memory = resident() - before
+    memory = (resident() - before) / 1e6
     seconds["cold"], ids = timed(encode, text)
     ids = np.asarray(ids, np.uint32)
     seconds["warm"] = statistics.median(timed(encode, text)[0] for _ in range(3))

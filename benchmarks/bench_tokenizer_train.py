@@ -17,9 +17,9 @@ import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 from bench_tokenizer import DATA, corpus
+from memory import peak
 
 PEERS = ["tokenizers", "rustbpe", "gigatoken", "bpeasy"]
 GPT2 = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
@@ -100,24 +100,13 @@ def train(side: str, texts: list[str], size: int, threads: int) -> list | None:
     return None
 
 
-def peak(reset: bool = False) -> float:
-    """MB of this process in memory at most, so far or from now on; nothing where /proc is not."""
-    status, forget = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-    if not status.exists():
-        return 0.0
-    if reset:
-        forget.write_text("5")
-    line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) / 1024
-
-
 def measure(side: str, size: int, megabytes: float, threads: int) -> dict:
     texts = documents(megabytes)
-    before = peak(reset=True)
+    before = peak(reset=True) / 1e6
     start = time.perf_counter()
     merges = train(side, texts, size, threads)
     seconds = time.perf_counter() - start
-    after = peak()
+    after = peak() / 1e6
     digest = hashlib.sha256(json.dumps(merges).encode()).hexdigest() if merges else None
     return {"seconds": seconds, "megabytes": after - before, "merges": digest}
 

@@ -12,9 +12,9 @@ import argparse
 import multiprocessing
 import statistics
 import time
-from pathlib import Path
 
 import torch
+from memory import peak, resident
 from timing import interleaved, machine, row
 from torch import nn
 from torch.nn import functional as F
@@ -33,12 +33,14 @@ SHAPES = {  # (config, batch, tokens)
 
 
 class PlainBlock(nn.Module):
-    def __init__(self, width, heads):
+    def __init__(self, width, heads, bias, gelu):
         super().__init__()
-        self.heads = heads
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.heads, self.gelu = heads, gelu
+        self.norm1, self.norm2 = (nn.LayerNorm(width, bias=bias) for _ in range(2))
+        self.qkv = nn.Linear(width, 3 * width, bias=bias)
+        self.out = nn.Linear(width, width, bias=bias)
+        self.up = nn.Linear(width, 4 * width, bias=bias)
+        self.down = nn.Linear(4 * width, width, bias=bias)
 
     def forward(self, x):
         batch, tokens, width = x.shape
@@ -48,22 +50,24 @@ class PlainBlock(nn.Module):
         )
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.out(y.transpose(1, 2).reshape(batch, tokens, width))
-        return x + self.down(F.gelu(self.up(self.norm2(x)), approximate="tanh"))
+        return x + self.down(F.gelu(self.up(self.norm2(x)), approximate=self.gelu))
 
 
 class PlainGPT(nn.Module):
-    def __init__(self, vocab, context, width, heads, layers):
+    """GPT-2 in the fewest lines, with a tied head; `gelu` is F.gelu's approximation."""
+
+    def __init__(self, vocab, context, width, heads, layers, bias=True, gelu="tanh"):
         super().__init__()
         self.tok_emb, self.pos_emb = nn.Embedding(vocab, width), nn.Embedding(context, width)
-        self.blocks = nn.ModuleList(PlainBlock(width, heads) for _ in range(layers))
-        self.final_norm = nn.LayerNorm(width)
+        self.blocks = nn.ModuleList(PlainBlock(width, heads, bias, gelu) for _ in range(layers))
+        self.final_norm = nn.LayerNorm(width, bias=bias)
 
-    def loss(self, ids, targets):
-        x = self.tok_emb(ids) + self.pos_emb(torch.arange(ids.shape[1], device=ids.device))
+    def loss(self, ids, targets, reduction="mean"):
+        x = self.tok_emb(ids) + self.pos_emb(torch.arange(ids.shape[1]))
         for block in self.blocks:
             x = block(x)
         logits = F.linear(self.final_norm(x), self.tok_emb.weight)
-        return F.cross_entropy(logits.view(-1, logits.shape[-1]), targets.flatten())
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction=reduction)
 
     forward = loss
 
@@ -109,7 +113,7 @@ def worker(side, shape, bf16, pipe):
     """One side in a process of its own, as a user runs it: a step for every message."""
     config, batch, tokens = SHAPES[shape]
     torch.manual_seed(0)
-    before = memory("VmRSS")
+    before = resident()
     if side == "pygpt":
         training.keep_freed_memory()
         model = pygpt.GPT(pygpt.GPTConfig(*config, 0.0, True, True))
@@ -128,13 +132,7 @@ def worker(side, shape, bf16, pipe):
         step()
         pipe.send(time.perf_counter() - begin)
     state = 16 * sum(p.numel() for p in model.parameters())  # weight, gradient, two moments
-    pipe.send(memory("VmHWM") - before - state)
-
-
-def memory(kind):
-    """Bytes of resident memory now (VmRSS) or at most so far (VmHWM)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(1024 * int(x.split()[1]) for x in lines if x.startswith(kind))
+    pipe.send(peak() - before - state)
 
 
 def timed(sides, shape, bf16, seconds):

@@ -1,26 +1,8 @@
 #include "cpu/attention.h"
 
-#include <cstdlib>
-#include <new>
-
 #include "core/philox.h"
 
 namespace pygpt::PYGPT_ISA_NAMESPACE {
-
-thread_local Scratch worker_scratch, call_scratch;
-
-Scratch::~Scratch() { std::free(data_); }
-
-char* Scratch::get(size_t bytes) {
-  if (bytes > size_) {
-    std::free(data_);
-    size_ = 0;
-    data_ = static_cast<char*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64));
-    if (!data_) throw std::bad_alloc();
-    size_ = bytes;
-  }
-  return data_;
-}
 
 Call describe(const AttentionArgs& a) {
   const bool pairs = kHasPairs && a.dtype == DType::kBFloat16;

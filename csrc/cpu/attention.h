@@ -11,6 +11,7 @@
 #include <cmath>
 
 #include "core/parallel.h"
+#include "core/scratch.h"
 #include "cpu/attention_tiles.h"
 
 namespace pygpt::PYGPT_ISA_NAMESPACE {
@@ -21,19 +22,6 @@ constexpr int64_t kPad =
 PYGPT_INLINE int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 PYGPT_INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 PYGPT_INLINE int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
-
-// Work memory of one thread, kept between calls: fresh pages cost as much as the arithmetic.
-class Scratch {
- public:
-  ~Scratch();
-  // At least `bytes`, aligned to 64; what an earlier call gave is void.
-  char* get(size_t bytes);
-
- private:
-  char* data_ = nullptr;
-  size_t size_ = 0;
-};
-extern thread_local Scratch worker_scratch, call_scratch;
 
 // Hands out parts of one allocation; from a null base it only measures.
 struct Parts {

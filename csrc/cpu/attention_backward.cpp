@@ -234,8 +234,7 @@ void backward_task(const Call& call, int64_t b, int64_t kv_head, int64_t k_first
   const int64_t rows = round_up(a.queries, 2);
   BackwardWork w;
   BackwardWork::lay_out(call, !partial_dq,
-                        worker_scratch.get(BackwardWork::lay_out(call, !partial_dq, nullptr, w)),
-                        w);
+                        task_scratch(BackwardWork::lay_out(call, !partial_dq, nullptr, w)), w);
   float* dq = partial_dq ? partial_dq : w.dqueries;
   std::memset(dq, 0, call.group * a.queries * call.pitch * sizeof(float));
   for (int64_t g = 0; g < call.group; ++g) {
@@ -310,7 +309,7 @@ void attention_backward(const AttentionArgs& a) {
     dq = parts.take<float>(pieces > 1 ? heads * pieces * group_dq : 0);
     return parts.used;
   };
-  lay_out(call_scratch.get(lay_out(nullptr)));
+  lay_out(call_scratch(lay_out(nullptr)));
   run_tasks(heads * pieces, (2 * visible_pairs(call) + heads * pieces * kTaskRows) * a.dim,
             [&](int64_t task) {
               const int64_t piece = task / heads;  // early keys are seen most: first

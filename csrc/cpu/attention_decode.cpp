@@ -133,7 +133,7 @@ void decode(Call& call) {
     outs = parts.take<float>(heads * pieces * rows * call.pitch);
     return parts.used;
   };
-  lay_out(call_scratch.get(lay_out(nullptr)));
+  lay_out(call_scratch(lay_out(nullptr)));
   const auto task = a.dtype == DType::kFloat32    ? decode_task<DType::kFloat32>
                     : a.dtype == DType::kBFloat16 ? decode_task<DType::kBFloat16>
                                                   : decode_task<DType::kFloat16>;

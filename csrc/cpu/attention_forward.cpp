@@ -194,8 +194,7 @@ void forward_task(const Call& call, int64_t b, int64_t kv_head, int64_t first, i
   const Interval all = call.visible(b).of_rows(first, last);
   const int64_t packed = all.lo / kPanel * kPanel, count = max(all.hi - packed, 0);
   ForwardWork w;
-  ForwardWork::lay_out(call, count,
-                       worker_scratch.get(ForwardWork::lay_out(call, count, nullptr, w)), w);
+  ForwardWork::lay_out(call, count, task_scratch(ForwardWork::lay_out(call, count, nullptr, w)), w);
   pack_panels<kPairs>(a.dtype, call.at(a.k, b, packed, kv_head), a.k.row * call.element, count,
                       a.dim, w.keys);
   copy_sums<kPairs>(call, a.v, b, packed, kv_head, count, w.values);
@@ -215,7 +214,7 @@ void attention_forward(const AttentionArgs& a) {
   if (a.keys > a.queries && a.queries * call.group <= kDecodeRows && a.dropout_p == 0) {
     return decode(call);
   }
-  lay_out_masks(a, call_scratch.get(lay_out_masks(a, nullptr, call)), call);
+  lay_out_masks(a, call_scratch(lay_out_masks(a, nullptr, call)), call);
   const int64_t work = visible_pairs(call) * a.dim;
   // A task packs the keys it needs, so heads are cut into pieces only where there are few of them.
   const int64_t blocks = (a.queries + kQueryBlock - 1) / kQueryBlock, heads = a.batch * a.kv_heads;

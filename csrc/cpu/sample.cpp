@@ -109,8 +109,8 @@ int64_t blocks_of(int64_t n) { return (n + kBlock - 1) / kBlock; }
 
 Row take_scratch(int64_t vocab) {
   const auto padded = static_cast<size_t>(blocks_of(vocab) * kBlock);
-  auto* p = static_cast<char*>(
-      scratch(padded * (sizeof(Item) + 2 * sizeof(int32_t)) + padded / kBlock * sizeof(int64_t)));
+  auto* p = static_cast<char*>(task_scratch(padded * (sizeof(Item) + 2 * sizeof(int32_t)) +
+                                            padded / kBlock * sizeof(int64_t)));
   Row row;
   const auto take = [&p](auto*& array, size_t n) {
     array = reinterpret_cast<std::remove_reference_t<decltype(array)>>(p);

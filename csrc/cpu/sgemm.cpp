@@ -114,8 +114,8 @@ void sgemm(const SgemmArgs& g) {
   const int64_t cols =
       min(ceil_div(g.n, kCols), ceil_div(kPackedElements, long_depth * kCols)) * kCols;
   const int64_t a_size = task_panels * kRows * kDepth + kLanes;
-  auto* packed_b =
-      static_cast<float*>(scratch((cols * long_depth + num_threads() * a_size) * sizeof(float)));
+  auto* packed_b = reinterpret_cast<float*>(
+      call_scratch((cols * long_depth + num_threads() * a_size) * sizeof(float)));
   float* packed_a = packed_b + cols * long_depth;
 
   for (int64_t k0 = 0; k0 < g.k; k0 += long_depth) {
