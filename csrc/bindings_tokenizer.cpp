@@ -9,6 +9,7 @@
 #include "bpe/encode.h"
 #include "bpe/files.h"
 #include "bpe/memory.h"
+#include "bpe/split.h"
 #include "bpe/train.h"
 #include "bpe/utf8.h"
 #include "core/error.h"
@@ -79,13 +80,11 @@ class Utf8 {
     return true;
   }
 
-  // A chunk ends before a blank after a letter, where a piece begins whatever the pattern.
   template <class Unit>
   size_t chunk_size(const Unit* units) const {
     for (size_t size = chunk_; size < left_; size *= 2) {
       for (size_t i = size; i > size / 2; --i) {
-        const auto before = static_cast<uint32_t>(units[i - 1]) | 0x20;
-        if ((units[i] == ' ' || units[i] == '\n') && before >= 'a' && before <= 'z') return i;
+        if (may_cut(units[i - 2], units[i - 1], units[i])) return i;
       }
     }
     return left_;

@@ -302,6 +302,39 @@ def test_text_of_every_width_becomes_its_utf8(tok, widest):
         ]
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_long_text_is_converted_in_chunks_without_a_trace(pair, seed):
+    # Of 65,536 characters and less: cut before a blank after a letter, or after a single newline.
+    ours, theirs = pair
+    rng = random.Random(seed)
+    parts = [
+        "word",
+        " ",
+        "\n",
+        "\r\n",
+        "слово",
+        "漢",
+        "。",
+        "/",
+        "!",
+        "7",
+        "'s",
+        "\u0301",
+        "\u3000",
+        "é",
+    ]
+    weights = [rng.choice([0, 1, 5]) for _ in parts]
+    text = "漢" + "".join(rng.choices(parts, [1, *weights[1:]], k=150_000))
+    assert ours.encode(text) == theirs.encode(text)
+    assert ours.count(text) == len(theirs.encode(text))
+    surrogate = text + "\ud83d\udc4d" + text[:100_000]
+    assert ours.encode(surrogate) == theirs.encode(surrogate)
+    special = text[:65_000] + "<|end|>" * 200 + text
+    assert ours.encode(special, allowed_special="all") == theirs.encode(
+        special, allowed_special="all"
+    )
+
+
 def test_more_pieces_than_the_cache_holds_encode_alike(pair):
     ours, theirs = pair
     rng = random.Random(7)

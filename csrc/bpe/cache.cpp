@@ -19,21 +19,31 @@ PieceCache::PieceCache(const Vocabulary& vocabulary)
       memory_(kBytes),
       index_(reinterpret_cast<uint32_t*>(memory_.data())),
       ways_(reinterpret_cast<Way*>(index_ + kIndex)),
-      log_(reinterpret_cast<uint8_t*>(ways_ + 2 * sets_)) {}
+      log_(reinterpret_cast<uint8_t*>(ways_ + 2 * kFewSets)) {}
 
-void PieceCache::renew_when_full() {
-  if (refused_ <= records_) return;
-  sets_ = kFewSets;
-  log_ = reinterpret_cast<uint8_t*>(ways_ + 2 * sets_);
-  std::memset(memory_.data(), 0, log_ - memory_.data());
-  records_ = refused_ = 0;
-  log_end_ = 1;
+void PieceCache::make_room() {
+  if (refused_ && sets_ == kManySets) {
+    sets_ = kFewSets;
+    for (size_t set = 0; set < sets_; ++set) {  // keeps the first of each two sets
+      const Way first = ways_[4 * set], second = ways_[4 * set + 2];
+      ways_[2 * set] = first.count ? first : second;
+      ways_[2 * set + 1] = first.count ? second : Way{};
+    }
+    log_end_ = 1;
+    log_limit_ = kGivenUp;
+    refused_ = 0;
+  } else if (refused_ > records_) {
+    std::memset(memory_.data(), 0, log_ - memory_.data());
+    log_end_ = 1;
+    log_limit_ = kLog;
+    records_ = refused_ = 0;
+  }
 }
 
 // Waiting for memory is what costs most: the keys of a group are made, and their places fetched,
 // while the group before is looked up.
 uint32_t* PieceCache::encode(const PieceScanner& batch, uint32_t* out) {
-  renew_when_full();
+  make_room();
   struct Group {
     ShortKey keys[kGroup];
     const Way* sets[kGroup];
@@ -89,7 +99,7 @@ void PieceCache::fetch_missing(const ShortKey* keys, size_t count) const {
 }
 
 uint32_t* PieceCache::encode(const uint8_t* piece, size_t size, uint32_t* out) {
-  renew_when_full();
+  make_room();
   return encode_one(piece, size, out);
 }
 
@@ -211,7 +221,7 @@ uint32_t PieceCache::find_record(const uint8_t* piece, size_t size, uint64_t has
 
 uint32_t PieceCache::add_record(const uint8_t* piece, size_t size, uint64_t hash,
                                 const uint32_t* ids, size_t count) {
-  if (log_ + log_end_ + kRecord > memory_.data() + kBytes || records_ > kIndex / 5 * 4) {
+  if (log_end_ + kRecord > log_limit_ || records_ > kIndex / 5 * 4) {
     ++refused_;
     return 0;
   }

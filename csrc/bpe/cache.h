@@ -33,13 +33,16 @@ class PieceCache {
   static constexpr size_t kGroup = 32;
   static constexpr size_t kLongest = 255;  // bytes of a piece in the log
 
-  // One stretch of memory: the index, the sets, and the rest is the log. Where that does not
-  // suffice for a text of many languages, half of the sets become log too.
+  // One stretch of memory: the index, the sets and the log. Where that does not suffice for a text
+  // of many languages, half of the sets are given up and become log too.
   static constexpr size_t kBytes = 10'000'000;
   static constexpr size_t kIndex = 5
                                    << 16;  // open addressing: tag << kPlaceBits | place in the log
   static constexpr int kPlaceBits = 23;
   static constexpr size_t kManySets = 1 << 16, kFewSets = 1 << 15;
+  static constexpr size_t kGivenUp = 2 * (kManySets - kFewSets) * sizeof(Way);
+  static constexpr size_t kLog = kBytes - kIndex * sizeof(uint32_t) - 2 * kFewSets * sizeof(Way);
+  static_assert(kLog < 1 << kPlaceBits);
   static constexpr size_t kRecord = 2 + kLongest + 3 * kLongest + 4;  // at most
 
   Way* set_of(uint64_t hash) const { return ways_ + 2 * ((hash >> 32) * sets_ >> 32); }
@@ -57,9 +60,10 @@ class PieceCache {
                         uint32_t* out);
   void remember(ShortKey key, const uint32_t* ids, size_t count);
   void remember(const Way& way);
-  // Starts anew when as many pieces were turned away as are known: till then these go on serving,
-  // as a text a little larger than the log would find nothing in one that always starts anew.
-  void renew_when_full();
+  // When records were turned away. Once half of the sets are given up, all is forgotten when as
+  // many pieces were turned away as are known: till then these go on serving, as a text a little
+  // larger than the log would find nothing in one that always starts anew.
+  void make_room();
 
   // A record: size and count in a byte each, the piece, its ids in id_bytes_ each.
   uint32_t find_record(const uint8_t* piece, size_t size, uint64_t hash) const;  // 0: none
@@ -71,11 +75,11 @@ class PieceCache {
   const Vocabulary& vocabulary_;
   const uint32_t id_bytes_, id_mask_, packed_;  // packed_: ids that fit in a Way
   const ZeroedPages memory_;
-  uint32_t* const index_;
-  Way* const ways_;  // two a set: a cache line
   size_t sets_ = kManySets;
-  uint8_t* log_;
-  size_t records_ = 0, refused_ = 0, log_end_ = 1;
+  uint32_t* const index_;
+  Way* const ways_;     // two a set: a cache line
+  uint8_t* const log_;  // at first it begins where the given up sets end
+  size_t records_ = 0, refused_ = 0, log_end_ = kGivenUp, log_limit_ = kLog;
 };
 
 }  // namespace pygpt

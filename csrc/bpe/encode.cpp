@@ -22,7 +22,7 @@ void Ids::reserve(size_t extra) {
   const size_t wanted = std::max(size_ + extra, capacity_ + capacity_ / 2);
   const size_t bytes = wanted * sizeof(uint32_t), used = size_ * sizeof(uint32_t);
   void* grown = nullptr;
-  if (bytes >= 4 * kHugePage && used < bytes / 4) {  // the first of many: from a huge page on
+  if (bytes >= kHugePage && used < bytes / 4) {  // the first of many: from a huge page on
     grown = std::aligned_alloc(kHugePage, (bytes + kHugePage - 1) / kHugePage * kHugePage);
     if (grown && used) std::memcpy(grown, data_, used);
     if (grown) std::free(data_);
@@ -127,9 +127,12 @@ size_t Bpe::encode_ordinary(std::string_view text, Ids* out, size_t left) const 
   size_t counted = 0, done = 0;
   for (PieceScanner pieces(*pattern_, data_of(text), text.size()); pieces.next();) {
     const size_t bytes = pieces.starts()[pieces.pieces()];
-    if (ids.room() < bytes + 4) {  // room for all, if the rest has as many ids a byte as so far
-      const double rate = 1.05 * static_cast<double>(ids.size() - before + 64) / (done + 256);
+    if (ids.room() < bytes + 4) {
+      // Room for all, if the rest has as many ids a byte as so far; for many ids in any language
+      // where that is no great matter, since pages that are never written are not there.
       const size_t to_come = out ? text.size() - done + left : 0;
+      double rate = 1.05 * static_cast<double>(ids.size() - before + 64) / (done + 256);
+      if (to_come >> 18 && to_come >> 28 == 0) rate = std::max(rate, 2.0);
       ids.reserve(bytes + 4 + static_cast<size_t>(rate * static_cast<double>(to_come)));
     }
     done += bytes;

@@ -140,4 +140,10 @@ const uint8_t* piece_end(Pattern pattern, const uint8_t* begin, const uint8_t* e
   return end;
 }
 
+bool may_cut(uint32_t a, uint32_t b, uint32_t c) {
+  const auto among = [](unsigned set, uint32_t code) { return (set >> class_of(code) & 1) != 0; };
+  if (c == ' ' || c == '\n') return among(kLetter, b);
+  return b == '\n' && among(kLetter, c) && !among(kBlank, a);
+}
+
 }  // namespace pygpt
