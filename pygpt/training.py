@@ -341,6 +341,8 @@ class _Loop:
             self.optimizer.state[p][key] = tensor.to(p.device)
         self.step = self.saved = checkpoint.state["step"]
         self.seconds = checkpoint.state["seconds"]
+        if (wins := checkpoint.state.get("sgemm_wins")) is not None:
+            ops.assume_sgemm_wins(wins)
 
     # --- the loop ---
 
@@ -453,6 +455,8 @@ class _Loop:
             return
         model, optimizer = self.state()
         state = {"step": self.step, "seconds": self.seconds, "settings": self.settings}
+        if self.device.type == "cpu":
+            state["sgemm_wins"] = ops.sgemm_wins()
         try:
             folder = save_checkpoint(
                 self.out / "checkpoints",

@@ -231,6 +231,17 @@ def test_a_second_signal_exits_at_once(tmp_path: Path, forkserver: Any) -> None:
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
+def test_a_resumed_run_keeps_the_product_it_began_with(tmp_path: Path, monkeypatch: Any) -> None:
+    # Measured in each process, the faster of two could be another one the next time.
+    for wins in (False, True):
+        out = tmp_path / str(wins)
+        monkeypatch.setattr("pygpt.ops.product._sgemm_wins", wins)
+        fit(Small(), Successor(), changed(steps=2), out=out)
+        monkeypatch.setattr("pygpt.ops.product._sgemm_wins", not wins)
+        fit(Small(), Successor(), changed(steps=4), out=out, allow={"steps"})
+        assert ops.sgemm_wins() is wins
+
+
 # --- arithmetic ---
 
 

@@ -11,13 +11,14 @@ from pygpt.ops.embedding import tied_embedding
 from pygpt.ops.linear_loss import linear_cross_entropy
 from pygpt.ops.loss import Reduction, cross_entropy
 from pygpt.ops.native import keep_memory, native_info
-from pygpt.ops.product import linear
+from pygpt.ops.product import assume_sgemm_wins, linear, sgemm_wins
 from pygpt.ops.sampling import Sampled, sample
 
 __all__ = [
     "Impl",
     "Reduction",
     "Sampled",
+    "assume_sgemm_wins",
     "backend",
     "causal_attention",
     "chosen_backend",
@@ -29,5 +30,6 @@ __all__ = [
     "linear_cross_entropy",
     "native_info",
     "sample",
+    "sgemm_wins",
     "tied_embedding",
 ]

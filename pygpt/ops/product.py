@@ -40,7 +40,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, impl: Impl 
         and x.shape[-1] == weight.shape[-1] > 0
     )
     many = native and x.numel() >= SGEMM_ROWS * x.shape[-1]
-    wins = _sgemm_wins() if dtype == torch.float32 else torch.is_grad_enabled()
+    wins = sgemm_wins() if dtype == torch.float32 else torch.is_grad_enabled()
     if resolve(impl, native=native, auto=many and wins) == "native":
         return torch.ops.pygpt.linear(x.to(dtype), weight, bias)  # type: ignore[no-any-return]
     return F.linear(x, weight, bias)
@@ -77,13 +77,24 @@ def sgemm(
     return out
 
 
+_sgemm_wins: bool | None = None  # changed by the two functions below alone
+
+
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _sgemm_wins() -> bool:
-    """Whether the native product beats torch's on this machine."""
-    return _measure_sgemm()
+def sgemm_wins() -> bool:
+    """Whether the native product beats torch's on this machine: measured once a process."""
+    global _sgemm_wins
+    if _sgemm_wins is None:
+        _sgemm_wins = _measure_sgemm()
+    return _sgemm_wins
 
 
-@functools.cache
+def assume_sgemm_wins(wins: bool) -> None:
+    """Go on with what another process measured: the two products' last bits differ."""
+    global _sgemm_wins
+    _sgemm_wins = wins
+
+
 def _measure_sgemm() -> bool:
     with torch.no_grad():
         a, b, out = torch.ones(384, 512), torch.ones(512, 512), torch.empty(384, 512)
@@ -108,7 +119,7 @@ def product(
     a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None = None, accumulate: bool = False
 ) -> Tensor:
     """out = a b + bias, or out += a b without a bias, by whichever is faster."""
-    faster = out.dtype == torch.float32 and not out.is_cuda and _sgemm_wins()
+    faster = out.dtype == torch.float32 and not out.is_cuda and sgemm_wins()
     return (sgemm if faster else _torch_product)(a, b, out, bias, accumulate)
 
 
