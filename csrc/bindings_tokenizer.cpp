@@ -278,6 +278,23 @@ struct Batch {
   std::vector<size_t> counts;
 };
 
+// The parts lie one behind the other then; threads share the copying.
+void append(Ids& all, const std::vector<const Ids*>& parts, int threads) {
+  std::vector<size_t> starts;
+  size_t total = 0;
+  for (const Ids* part : parts) {
+    starts.push_back(total);
+    total += part->size();
+  }
+  all.reserve(total);
+  run_tasks(parts.size(), threads, [&](size_t task, int) {
+    const Ids& part = *parts[task];
+    if (part.size())
+      std::memcpy(all.end() + starts[task], part.data(), part.size() * sizeof(uint32_t));
+  });
+  all.set_end(all.end() + total);
+}
+
 Ids encode_files(const Bpe& bpe, const std::vector<std::string>& paths, int threads,
                  std::optional<uint32_t> separator) {
   ChunkReader reader(paths, false);
@@ -291,7 +308,9 @@ Ids encode_files(const Bpe& bpe, const std::vector<std::string>& paths, int thre
       bpe.encode_ordinary(chunks[task].text, &parts[task]);
       if (chunks[task].ends_file && separator) parts[task].push(*separator);
     });
-    for (const Ids& part : parts) all.append(part);
+    std::vector<const Ids*> in_order;
+    for (const Ids& part : parts) in_order.push_back(&part);
+    append(all, in_order, threads);
     const py::gil_scoped_acquire gil;
     if (PyErr_CheckSignals()) throw py::error_already_set();
   }
@@ -509,7 +528,9 @@ void bind_tokenizer(py::module_& m) {
              {
                const py::gil_scoped_release release;
                const Batch batch(bpe, texts.views, *allow, *refuse, threads);
-               for (const Batch::Group& group : batch.groups) all.append(group.ids);
+               std::vector<const Ids*> in_order;
+               for (const Batch::Group& group : batch.groups) in_order.push_back(&group.ids);
+               append(all, in_order, threads);
                *offset = 0;
                for (const size_t count : batch.counts) {
                  offset[1] = offset[0] + static_cast<int64_t>(count);

@@ -35,13 +35,6 @@ void Ids::reserve(size_t extra) {
   if (wanted > 1 << 20) advise_huge(data_, bytes);
 }
 
-void Ids::append(const Ids& other) {
-  if (!other.size_) return;
-  reserve(other.size_);
-  std::memcpy(end(), other.data_, other.size_ * sizeof(uint32_t));
-  size_ += other.size_;
-}
-
 uint32_t* Ids::release() {
   if (!data_ || capacity_ - size_ > capacity_ / 16) {
     if (void* const shrunk = std::realloc(data_, (size_ + 1) * sizeof(uint32_t))) {

@@ -34,7 +34,6 @@ class Ids {
     reserve(1);
     data_[size_++] = id;
   }
-  void append(const Ids& other);
   void clear() { size_ = 0; }
   uint32_t* end() { return data_ + size_; }
   void set_end(const uint32_t* end) { size_ = end - data_; }
