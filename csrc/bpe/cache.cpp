@@ -104,7 +104,7 @@ uint32_t* PieceCache::encode(const uint8_t* piece, size_t size, uint32_t* out) {
 }
 
 uint32_t* PieceCache::encode_one(const uint8_t* piece, size_t size, uint32_t* out) {
-  const ShortKey key = size <= kShortKey ? short_key(piece, size) : long_key(piece, size);
+  const ShortKey key = key_of(piece, size);
   const Way* const set = set_of(hash_of(key));
   const Way* const way = set + differ(set->key, key);
   if (differ(way->key, key)) return resolve(piece, size, key, out);

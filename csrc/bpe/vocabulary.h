@@ -58,9 +58,11 @@ inline ShortKey key_at(const uint8_t* piece, size_t size) {
   return {key.low & keep.low, (key.high & keep.high) | keep.size};
 }
 
-// Of bytes of any number: of their key.
+inline ShortKey key_of(const uint8_t* bytes, size_t size) {
+  return size <= kShortKey ? short_key(bytes, size) : long_key(bytes, size);
+}
 inline uint64_t hash_bytes(const uint8_t* bytes, size_t size) {
-  return hash_of(size <= kShortKey ? short_key(bytes, size) : long_key(bytes, size));
+  return hash_of(key_of(bytes, size));
 }
 
 class Vocabulary {

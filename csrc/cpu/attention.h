@@ -92,8 +92,8 @@ Call describe(const AttentionArgs& a);
 size_t lay_out_masks(const AttentionArgs& a, char* base, Call& call);
 int64_t visible_pairs(const Call& call);
 
-constexpr int64_t kTaskRows =
-    250;  // packing and starting a task cost that many multiply_adds / dim
+// Packing and starting a task cost that many multiply_adds / dim.
+constexpr int64_t kTaskRows = 250;
 
 // Runs body(task) for all tasks, on this thread alone where waking others would cost more.
 template <class Body>
