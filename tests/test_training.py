@@ -208,7 +208,10 @@ def test_killed_at_25_random_moments_the_run_ends_with_the_same_bits(
             out, runs = tmp_path / f"cut-{runs}", runs + 1
     whole = digest(fit(Small(), Successor(), KILLED, out=tmp_path / "whole").folder)
     for number in range(runs):
-        run = fit(Small(seed=9), Successor(), KILLED, out=tmp_path / f"cut-{number}")
+        out = tmp_path / f"cut-{number}"
+        # Other weights, which a checkpoint must replace; killed before its first, it begins anew.
+        model = Small(seed=9 if any(out.glob("checkpoints/step-*")) else 0)
+        run = fit(model, Successor(), KILLED, out=out)
         assert digest(run.folder) == whole
         steps = [entry["step"] for entry in run.metrics if "loss" in entry]
         assert steps == list(range(1, 31))
