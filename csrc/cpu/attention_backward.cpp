@@ -144,17 +144,16 @@ void backward_block(const Call& call, const BackwardWork& w, const BackwardRows&
   for (int64_t r = 0; r < rows; r += kScoreRows) {
     const int64_t n = min(kScoreRows, rows - r);
     const Interval keys = seen(r, n);
-    for (int64_t p = keys.lo / kPanel * kPanel; p < keys.hi; p += kPanel) {
-      const int vecs = keys.hi - p > kLanes ? kScoreVecs : 1;
-      const auto scores = [&](const float* words, const float* panels, float* out) PYGPT_LAMBDA {
-        score_tile<kPairs>(
-            static_cast<int>(n), vecs, {words + (first + r) * call.word_pitch, call.word_pitch, 1},
-            panels + p * call.words, call.words, out + r * kScorePitch + p, kScorePitch);
-      };
-      // forward: score = q k^T;  dweight = dout v^T
-      scores(head.q, w.key_panels, w.weights);
-      scores(head.dout, w.value_panels, w.dweights);
-    }
+    const int64_t p = keys.lo / kPanel * kPanel;
+    const auto scores = [&](const float* words, const float* panels, float* out) PYGPT_LAMBDA {
+      score_tiles<kPairs>(static_cast<int>(n), keys.hi - p,
+                          {words + (first + r) * call.word_pitch, call.word_pitch, 1},
+                          panels + p * call.words, call.words, out + r * kScorePitch + p,
+                          kScorePitch);
+    };
+    // forward: score = q k^T;  dweight = dout v^T
+    scores(head.q, w.key_panels, w.weights);
+    scores(head.dout, w.value_panels, w.dweights);
     const auto softmax = [&]<int kRows>(std::integral_constant<int, kRows>,
                                         int64_t i) PYGPT_LAMBDA {
       Interval row_keys[kRows];

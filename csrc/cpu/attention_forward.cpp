@@ -130,12 +130,10 @@ void forward_block(const Call& call, const ForwardWork& w, int64_t packed, int64
       const int64_t n = min(kScoreRows, rows - r);
       const Interval keys = seen(r, n);
       if (keys.empty()) continue;
-      for (int64_t p = keys.lo / kPanel * kPanel; p < keys.hi; p += kPanel) {
-        score_tile<kPairs>(static_cast<int>(n), keys.hi - p > kLanes ? kScoreVecs : 1,
-                           {w.queries + r * call.word_pitch, call.word_pitch, 1},
-                           w.keys + (k0 - packed + p) * call.words, call.words, w.scores + p,
-                           kScorePitch);
-      }
+      const int64_t p = keys.lo / kPanel * kPanel;
+      score_tiles<kPairs>(
+          static_cast<int>(n), keys.hi - p, {w.queries + r * call.word_pitch, call.word_pitch, 1},
+          w.keys + (k0 - packed + p) * call.words, call.words, w.scores + p, kScorePitch);
       for (int64_t t = 0; t < n; t += kSumRows) {
         const int64_t tile_rows = min(kSumRows, n - t);
         float* scores = w.scores + t * kScorePitch;

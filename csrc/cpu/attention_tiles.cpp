@@ -93,25 +93,28 @@ PYGPT_INLINE void store_tail(DType dtype, char* p, int64_t index, int64_t count,
 }  // namespace
 
 template <bool kPairs>
-void score_tile(int rows, int vecs, Words a, const float* b, int64_t k, float* c, int64_t c_row) {
+void score_tiles(int rows, int64_t keys, const Words& a, const float* panels, int64_t k, float* c,
+                 int64_t c_row) {
   constexpr int64_t kStep = 128;  // longer sums in one register lose accuracy against torch's
-  for (int64_t done = 0; done < k; done += kStep) {
-    const int64_t steps = k - done < kStep ? k - done : kStep;
-    const auto run = [&]<int kVecs>(std::integral_constant<int, kVecs>) {
-      tile_rows<kPairs, kScoreRows, kVecs>(rows, {a.data + done, a.row, 1}, b + done * kPanel,
-                                           kPanel, steps, done > 0, c, c_row);
-    };
-    if (vecs == 1) {
-      run(std::integral_constant<int, 1>());
-    } else {
-      run(std::integral_constant<int, kScoreVecs>());
+  const Words all = a;
+  for (int64_t key = 0; key < keys; key += kPanel, panels += k * kPanel) {
+    for (int64_t done = 0; done < k; done += kStep) {
+      const Words part = {all.data + done, all.row, 1};
+      const int64_t steps = k - done < kStep ? k - done : kStep;
+      const float* b = panels + done * kPanel;
+      if (keys - key > kLanes) {
+        tile_rows<kPairs, kScoreRows, kScoreVecs>(rows, part, b, kPanel, steps, done > 0, c + key,
+                                                  c_row);
+      } else {
+        tile_rows<kPairs, kScoreRows, 1>(rows, part, b, kPanel, steps, done > 0, c + key, c_row);
+      }
     }
   }
 }
 
 template <bool kPairs>
-void sum_tile(int rows, int vecs, Words a, const float* b, int64_t b_row, int64_t k, float* c,
-              int64_t c_row) {
+void sum_tile(int rows, int vecs, const Words& a, const float* b, int64_t b_row, int64_t k,
+              float* c, int64_t c_row) {
   if constexpr (kSumVecs == 4) {
     if (vecs == 4) return tile_rows<kPairs, kSumRows, 4>(rows, a, b, b_row, k, true, c, c_row);
     if (vecs == 3) return tile_rows<kPairs, kSumRows, 3>(rows, a, b, b_row, k, true, c, c_row);
@@ -186,13 +189,16 @@ void pack_panels(DType dtype, const char* source, int64_t stride, int64_t rows, 
   }
 }
 
-template void score_tile<false>(int, int, Words, const float*, int64_t, float*, int64_t);
-template void sum_tile<false>(int, int, Words, const float*, int64_t, int64_t, float*, int64_t);
+template void score_tiles<false>(int, int64_t, const Words&, const float*, int64_t, float*,
+                                 int64_t);
+template void sum_tile<false>(int, int, const Words&, const float*, int64_t, int64_t, float*,
+                              int64_t);
 template void pack_panels<false>(DType, const char*, int64_t, int64_t, int64_t, float*);
 
 #if defined(PYGPT_ISA_avx512_bf16)
-template void score_tile<true>(int, int, Words, const float*, int64_t, float*, int64_t);
-template void sum_tile<true>(int, int, Words, const float*, int64_t, int64_t, float*, int64_t);
+template void score_tiles<true>(int, int64_t, const Words&, const float*, int64_t, float*, int64_t);
+template void sum_tile<true>(int, int, const Words&, const float*, int64_t, int64_t, float*,
+                             int64_t);
 template void pack_panels<true>(DType, const char*, int64_t, int64_t, int64_t, float*);
 
 void pack_pairs(const char* source, int64_t stride, int64_t rows, int64_t dim, float* out,

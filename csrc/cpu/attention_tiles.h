@@ -49,13 +49,16 @@ struct Words {  // a matrix of words; `row` and `k` are the strides of its two d
   int64_t row, k;
 };
 
-// C[rows, vecs * kLanes] = A B, or += with `add`; sums start at zero, so that a long reduction made
-// of many calls is summed in two levels. rows and vecs are any number up to those of the tile.
+// C[rows, keys] = A B, B in panels of kPanel keys; rows is at most kScoreRows, and keys is rounded
+// up to whole vectors.
 template <bool kPairs>
-void score_tile(int rows, int vecs, Words a, const float* b, int64_t k, float* c, int64_t c_row);
+void score_tiles(int rows, int64_t keys, const Words& a, const float* panels, int64_t k, float* c,
+                 int64_t c_row);
+// C[rows, vecs * kLanes] += A B; sums start at zero, so that a long reduction made of many calls is
+// summed in two levels. rows and vecs are any number up to those of the tile.
 template <bool kPairs>
-void sum_tile(int rows, int vecs, Words a, const float* b, int64_t b_row, int64_t k, float* c,
-              int64_t c_row);
+void sum_tile(int rows, int vecs, const Words& a, const float* b, int64_t b_row, int64_t k,
+              float* c, int64_t c_row);
 
 // Lanes of one row of any dtype as floats; the second reads the last `count` (< kLanes) elements
 // and nothing behind them.
