@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pygpt import GPT, Tokenizer
 from pygpt.errors import UsageError
-from pygpt.tokenizer.formats import GPT2_FILES
+from pygpt.tokenizer.formats import holds_vocabulary
 
 PUBLISHED = ("gpt2", "r50k_base", "p50k_base", "cl100k_base", "o200k_base")
 
@@ -23,7 +23,7 @@ def load_tokenizer(name: str) -> Tokenizer:
             f"{name} is neither a file or folder nor a published vocabulary "
             f"({', '.join(PUBLISHED)}) nor 'bytes'"
         )
-    if path.is_dir() and not any((path / file).exists() for file in GPT2_FILES):
+    if path.is_dir() and not holds_vocabulary(path):
         path = model_folder(path)
     return Tokenizer.from_file(path)
 

@@ -11,7 +11,7 @@ from tyro.conf import Positional
 from pygpt import Tokenizer, weights
 from pygpt.cli.folders import PUBLISHED, load_tokenizer, model_folder
 from pygpt.errors import DataError
-from pygpt.tokenizer.formats import GPT2_FILES
+from pygpt.tokenizer.formats import GPT2_FILES, holds_vocabulary
 from pygpt.tokenizer.patterns import native_name
 
 
@@ -64,7 +64,8 @@ def info(
     if _is_vocabulary(source):
         facts = _vocabulary(source)
     else:
-        facts = weights.describe(_place(source), n_heads=n_heads, lora_scale=lora_scale)
+        checkpoint = weights.read(_place(source), n_heads=n_heads, lora_scale=lora_scale)
+        facts = weights.describe(checkpoint)
     if json:
         print(json_module.dumps(facts))
     else:
@@ -80,8 +81,7 @@ def info(
 def _is_vocabulary(source: str) -> bool:
     path = Path(source)
     if path.is_dir():
-        files = ("tokenizer.json", *GPT2_FILES)
-        return any((path / name).exists() for name in files) and not (path / "config.json").exists()
+        return holds_vocabulary(path) and not (path / "config.json").exists()
     if path.suffix in (".tiktoken", ".json") or path.name in GPT2_FILES:
         return path.is_file()
     return source in (*PUBLISHED[1:], "bytes") and not path.exists()

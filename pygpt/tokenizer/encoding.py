@@ -500,6 +500,10 @@ class Tokenizer:
 
     # --- files --------------------------------------------------------------------------------
 
+    def to_hugging_face(self) -> dict[str, Any]:
+        """The content of Hugging Face's tokenizer.json."""
+        return to_hf(self._contents, self._native)
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write name.json for Hugging Face, name.tiktoken, or a folder.
 
@@ -515,7 +519,7 @@ class Tokenizer:
         elif path.suffix not in (".json", ""):
             raise ValueError(f"{path}: name a .json or .tiktoken file, or a folder without suffix")
         else:
-            hf = to_hf(contents, self._native)
+            hf = self.to_hugging_face()
             data = to_json(hf)
             again = _build(parse_hf(json.loads(data)))
         pieces = [token for token, _ in contents.tokens]

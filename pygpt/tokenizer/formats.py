@@ -31,6 +31,11 @@ class Contents(NamedTuple):
     whole_pieces: bool = True
 
 
+def holds_vocabulary(folder: Path) -> bool:
+    """Whether `Tokenizer.from_file` has something to read in a folder."""
+    return any((folder / name).is_file() for name in ("tokenizer.json", *GPT2_FILES))
+
+
 def byte_order() -> list[int]:
     """Bytes in the order of GPT-2's ids: printable ones of Latin-1 first."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]

@@ -4,53 +4,47 @@ from __future__ import annotations
 
 import itertools
 import struct
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
+from torch import Tensor
 
 from pygpt.errors import DataError, UsageError
-from pygpt.weights.files import read_json, to_bytes, write_whole
-from pygpt.weights.layout import Checkpoint, LazyTensor, Table, export
+from pygpt.tokenizer import EOT, Tokenizer
+from pygpt.tokenizer.patterns import native_name
+from pygpt.weights.files import replacing, to_bytes
+from pygpt.weights.layout import DTYPES, Checkpoint, Table, export
 
 TABLE = Table(
-    "token_embd position_embd blk.*.attn_norm blk.*.attn_qkv blk.*.attn_output blk.*.ffn_norm "
-    "blk.*.ffn_up blk.*.ffn_down output_norm output"
+    "tok_emb=token_embd pos_emb=position_embd blocks=blk norm1=attn_norm att.qkv=attn_qkv "
+    "att.out=attn_output norm2=ffn_norm ff.up=ffn_up ff.down=ffn_down final_norm=output_norm "
+    "out_head=output"
 )
 
 # name: (ggml type, general.file_type, elements in a block, bytes of a block)
 TYPES = {"f32": (0, 0, 1, 4), "f16": (1, 1, 1, 2), "q8_0": (8, 7, 32, 34), "bf16": (30, 32, 1, 2)}
-_TORCH = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 _ALIGNMENT = 32
-# tokenizer.ggml.pre of the patterns that llama.cpp knows by name.
-_GPT2_PATTERNS = (
-    r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
-    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
-)
+_NORMAL, _CONTROL, _UNUSED = 1, 3, 5  # types of tokens
 
 
-def write(path: Path, checkpoint: Checkpoint, kind: str, tokenizer: Path | None) -> None:
-    """Write matrices as `kind`, all else as f32; with the vocabulary of a tokenizer.json."""
-    config = checkpoint.config
+def write(path: Path, checkpoint: Checkpoint, kind: str, tokenizer: Tokenizer | None) -> None:
+    """Write matrices as `kind`, all else as f32; with the vocabulary of a tokenizer."""
+    config, (_, file_type, block, _) = checkpoint.config, TYPES[kind]
     if config.exact_gelu:
         raise UsageError("llama.cpp's gpt2 has the tanh GELU; this model was trained with erf's")
-    block = TYPES[kind][2]
+    if checkpoint.classifier is not None:
+        raise UsageError(f"{checkpoint.path} classifies, which llama.cpp's gpt2 cannot")
     if config.emb_dim % block:
         raise UsageError(f"{kind} needs rows of a multiple of {block}, got {config.emb_dim}")
-    tensors = export(TABLE, checkpoint.tensors, config.n_layers)
-    if not config.qkv_bias:  # llama.cpp's gpt2 always has them
-        zeros = LazyTensor.of(torch.zeros(3 * config.emb_dim))
-        tensors |= {f"blk.{n}.attn_qkv.bias": zeros for n in range(config.n_layers)}
-    kinds = {
-        name: kind if len(tensor.shape) == 2 and name != "position_embd.weight" else "f32"
-        for name, tensor in tensors.items()
+    tensors = {
+        name: (tensor, kind if tensor.dim() == 2 and name != "position_embd.weight" else "f32")
+        for name, tensor in export(TABLE, checkpoint).items()
     }
     values: dict[str, Any] = {
         "general.architecture": "gpt2",
         "general.name": checkpoint.path.stem,
-        "general.file_type": TYPES[kind][1],
+        "general.file_type": file_type,
         "gpt2.context_length": config.context_length,
         "gpt2.embedding_length": config.emb_dim,
         "gpt2.feed_forward_length": 4 * config.emb_dim,
@@ -59,27 +53,20 @@ def write(path: Path, checkpoint: Checkpoint, kind: str, tokenizer: Path | None)
         "gpt2.attention.layer_norm_epsilon": 1e-5,
         **({} if tokenizer is None else _tokenizer_values(tokenizer, config.vocab_size)),
     }
-    header = [b"GGUF", struct.pack("<IQQ", 3, len(tensors), len(values))]
-    for key, value in values.items():
-        header += [_string(key), _value(value)]
+    head = [b"GGUF", struct.pack("<IQQ", 3, len(tensors), len(values))]
+    head += [_string(key) + _value(value) for key, value in values.items()]
     offset = 0
-    for name, tensor in tensors.items():
-        ggml_type, _, per_block, size = TYPES[kinds[name]]
+    for name, (tensor, stored) in tensors.items():
+        ggml_type, _, per_block, size = TYPES[stored]
         dims = tensor.shape[::-1]  # ggml counts from the innermost dimension
-        header += [_string(name), struct.pack(f"<I{len(dims)}Q", len(dims), *dims)]
-        header.append(struct.pack("<IQ", ggml_type, offset))
-        offset += _aligned(tensor.numel // per_block * size)
-    head = b"".join(header)
-    data = (_data(tensor, kinds[name]) for name, tensor in tensors.items())
-    write_whole(path, itertools.chain([_pad(head)], itertools.chain.from_iterable(data)))
-
-
-def _aligned(size: int) -> int:
-    return -(-size // _ALIGNMENT) * _ALIGNMENT
-
-
-def _pad(data: bytes) -> bytes:
-    return data + bytes(_aligned(len(data)) - len(data))
+        head.append(_string(name) + struct.pack(f"<I{len(dims)}Q", len(dims), *dims))
+        head.append(struct.pack("<IQ", ggml_type, offset))
+        size *= tensor.numel() // per_block
+        offset += size + -size % _ALIGNMENT
+    with replacing(path) as file:
+        for data in itertools.chain([b"".join(head)], itertools.starmap(_data, tensors.values())):
+            file.write(data)
+            file.write(bytes(-len(data) % _ALIGNMENT))
 
 
 def _string(text: str) -> bytes:
@@ -101,14 +88,10 @@ def _value(value: Any) -> bytes:
     return struct.pack("<II", 4, value)
 
 
-def _data(tensor: LazyTensor, kind: str) -> Iterator[bytes | memoryview]:
-    data: bytes | memoryview
+def _data(tensor: Tensor, kind: str) -> bytes | memoryview:
     if kind == "q8_0":
-        data = quantize_q8_0(tensor.load(torch.float32, "cpu").numpy())
-    else:
-        data = to_bytes(tensor, _TORCH[kind]).numpy().data
-    yield data
-    yield bytes(_aligned(len(data)) - len(data))
+        return quantize_q8_0(tensor.float().numpy())
+    return to_bytes(tensor, DTYPES[kind]).numpy().data
 
 
 def quantize_q8_0(weights: np.ndarray) -> bytes:
@@ -124,42 +107,25 @@ def quantize_q8_0(weights: np.ndarray) -> bytes:
     return packed.tobytes()
 
 
-def _tokenizer_values(path: Path, vocab_size: int) -> dict[str, Any]:
-    raw = read_json(path)
-    try:
-        model, added = raw["model"], raw.get("added_tokens") or []
-        vocab: dict[str, int] = model["vocab"]
-        merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
-        specials = {token["content"]: int(token["id"]) for token in added}
-    except (KeyError, TypeError) as error:
-        raise DataError(f"{path} is not a byte-level BPE tokenizer: {error!r}") from None
-    if not _is_gpt2_pattern(raw.get("pre_tokenizer")):
-        raise DataError(f"{path}: its split pattern is none that GGUF has a name for")
+def _tokenizer_values(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
+    raw = tokenizer.to_hugging_face()
+    if native_name(tokenizer._pat_str) != "gpt2" or raw["model"]["ignore_merges"]:
+        raise DataError(
+            f"{tokenizer.name}: llama.cpp splits text as GPT-2 does, this vocabulary otherwise"
+        )
+    special = {token["content"]: token["id"] for token in raw["added_tokens"]}
     tokens = [f"[PAD{number}]" for number in range(vocab_size)]
-    types = [5] * vocab_size  # unused
-    for table, kind in ((vocab, 1), (specials, 3)):  # normal, control
+    types = [_UNUSED] * vocab_size
+    for table, kind in ((raw["model"]["vocab"], _NORMAL), (special, _CONTROL)):
         for token, number in table.items():
-            if number >= vocab_size:
-                raise DataError(f"{path}: id {number} is outside the model's {vocab_size} words")
             tokens[number], types[number] = token, kind
-    end = specials.get("<|endoftext|>")
-    ends = {f"tokenizer.ggml.{which}_token_id": end for which in ("bos", "eos")}
+    end = special.get(EOT)
+    ends = {f"tokenizer.ggml.{which}_token_id": end for which in ("bos", "eos") if end is not None}
     return {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": "gpt-2",
         "tokenizer.ggml.tokens": tokens,
         "tokenizer.ggml.token_type": types,
-        "tokenizer.ggml.merges": merges or [""],
-        **({} if end is None else ends),
+        "tokenizer.ggml.merges": [" ".join(pair) for pair in raw["model"]["merges"]] or [""],
+        **ends,
     }
-
-
-def _is_gpt2_pattern(pre_tokenizer: Any) -> bool:
-    """Whether a pre_tokenizer of tokenizer.json splits as GPT-2 does."""
-    steps = (pre_tokenizer or {}).get("pretokenizers", [pre_tokenizer or {}])
-    for step in steps:
-        if step.get("type") == "Split":
-            return step.get("pattern", {}).get("Regex") in _GPT2_PATTERNS
-        if step.get("type") == "ByteLevel" and step.get("use_regex", True):
-            return True
-    return False

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
 import re
+import socket
+import urllib.parse
+import urllib.request
 from pathlib import Path
 
 from pygpt.config import GPT2_SIZES
@@ -21,20 +26,36 @@ def download(name: str, revision: str | None = None) -> Path:
     named = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) and not Path(name).parent.is_dir()
     if not named and name not in (*GPT2_SIZES, "distilgpt2"):
         raise FileNotFoundError(f"{name} does not exist; models on the hub are owner/name or gpt2")
-    config = _file(name, CONFIG, revision)
+    fetch = functools.partial(_fetch, name, revision, not _hub_resolves())
+    config = fetch(CONFIG)
     if config is None:
         raise DataError(f"{name} on the hub has no {CONFIG}")
-    if _file(name, WEIGHTS, revision) is None:
-        index = _file(name, INDEX, revision)
+    if fetch(WEIGHTS) is None:
+        index = fetch(INDEX)
         if index is None:
             raise DataError(f"{name} on the hub has no {WEIGHTS}; pygpt downloads no pickles")
-        for shard in sorted(set(shards_of(index).values())):
-            _file(name, shard, revision)
-    _file(name, "tokenizer.json", revision)
+        for shard in shards_of(index):
+            fetch(shard)
+    with contextlib.suppress(ResourceError):  # a model can do without, and so can an old cache
+        fetch("tokenizer.json")
     return config.parent
 
 
-def _file(name: str, filename: str, revision: str | None) -> Path | None:
+def _hub_resolves() -> bool:
+    """Whether the hub's name has an address; without, every file would be tried for half a minute.
+
+    Behind a proxy only that knows.
+    """
+    from huggingface_hub import constants
+
+    try:
+        host = urllib.parse.urlsplit(constants.ENDPOINT).hostname
+        return bool(urllib.request.getproxies() or socket.getaddrinfo(host, None))
+    except socket.gaierror:
+        return False
+
+
+def _fetch(name: str, revision: str | None, offline: bool, filename: str) -> Path | None:
     """One file in the cache; None where the repository has no such file."""
     from huggingface_hub import errors, hf_hub_download, try_to_load_from_cache
 
@@ -42,10 +63,11 @@ def _file(name: str, filename: str, revision: str | None) -> Path | None:
     if cached is not None and not isinstance(cached, str):  # the hub said once that it has none
         return None
     try:
-        path = Path(hf_hub_download(name, filename, revision=revision))
+        path = Path(hf_hub_download(name, filename, revision=revision, local_files_only=offline))
     except errors.LocalEntryNotFoundError as error:
         raise ResourceError(
-            f"{name} is neither a local path nor in the cache, and the hub cannot be reached"
+            f"{name} is no local path, its {filename} is not in the cache, and the hub cannot be "
+            f"reached; connect to the network once, or give a folder"
         ) from error
     except errors.EntryNotFoundError:
         return None
@@ -55,7 +77,7 @@ def _file(name: str, filename: str, revision: str | None) -> Path | None:
         raise FileNotFoundError(
             f"{name} is neither a local path nor a public model on the hub"
         ) from error
-    except (errors.HfHubHTTPError, OSError) as error:
+    except Exception as error:  # of whatever transport huggingface_hub uses
         raise ResourceError(f"{name}: {filename} could not be downloaded: {error}") from error
     blob = path.resolve()
     if cached is None and re.fullmatch("[0-9a-f]{64}", blob.name):  # named by its sha256

@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from pygpt.config import GPTConfig
 from pygpt.errors import DataError
-from pygpt.weights.files import read_json, read_safetensors, write_safetensors, write_whole
-from pygpt.weights.layout import Checkpoint, LazyTensor, Table, adopt, blaming, export
+from pygpt.tokenizer import EOT, Tokenizer
+from pygpt.weights.files import read_json, read_safetensors, write_json, write_safetensors
+from pygpt.weights.layout import Checkpoint, Table, adopt, blaming, export
 
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
+HEAD = "head.safetensors"  # of a classifier of ours
 
 TABLE = Table(
-    "wte wpe h.*.ln_1 h.*.attn.c_attn h.*.attn.c_proj h.*.ln_2 h.*.mlp.c_fc h.*.mlp.c_proj "
-    "ln_f lm_head",
+    "tok_emb=wte pos_emb=wpe blocks=h norm1=ln_1 att.qkv=attn.c_attn att.out=attn.c_proj "
+    "norm2=ln_2 ff.up=mlp.c_fc ff.down=mlp.c_proj final_norm=ln_f out_head=lm_head",
     transposed=True,  # Conv1D's
 )
+# Buffers that old versions of transformers saved.
+_MASKS = r"h\.\d+\.attn\.(bias|masked_bias)"
+
 # Our keys of a configuration and theirs, and what theirs are where config.json is silent.
 _KEYS = {
     "vocab_size": "vocab_size",
@@ -34,33 +40,42 @@ _KEYS = {
     "init_std": "initializer_range",
 }
 _DEFAULTS = {"resid_pdrop": 0.1, "tie_word_embeddings": True, "initializer_range": 0.02}
-_MASKS = r"h\.\d+\.attn\.(bias|masked_bias)"  # buffers that old versions of transformers saved
 
 
 def read(folder: Path, weights: Path | None = None) -> Checkpoint:
     """The model in `folder`, or in the safetensors file `weights` beside its config.json."""
-    raw = read_json(folder / CONFIG)
-    config = config_from_json(raw, folder / CONFIG)
-    source = {
-        name.removeprefix("transformer."): tensor
-        for name, tensor in read_tensors(folder, weights).items()
-    }
-    return adopt_tensors(source, config, weights or folder, "Hugging Face")
+    if weights is None and not (folder / WEIGHTS).is_file() and (folder / INDEX).is_file():
+        files = [folder / shard for shard in shards_of(folder / INDEX)]
+    else:
+        files = [weights or folder / WEIGHTS]
+    source, checks = read_safetensors(*files)
+    head = folder / HEAD
+    return replace(
+        adopt_beside(source, weights or folder, "Hugging Face"),
+        checks=checks,
+        classifier=read_safetensors(head)[0] if head.is_file() else None,
+    )
 
 
-def adopt_tensors(
-    source: Mapping[str, LazyTensor], config: GPTConfig, path: Path, format: str
-) -> Checkpoint:
-    """Settle from the tensors what the configuration leaves open, then rename them."""
-    head, embedding = source.get("lm_head.weight"), source.get("wte.weight")
-    changes: dict[str, Any] = {}
-    if config.tie_weights and head is not None and embedding is not None:
-        changes["tie_weights"] = torch.equal(head.read(), embedding.read())
-    biases = [tensor for name, tensor in source.items() if name.endswith("attn.c_attn.bias")]
-    if not config.qkv_bias:  # saved as zeros, and trained elsewhere since when they are not
-        changes["qkv_bias"] = any(bool(bias.read().any()) for bias in biases)
-    config = GPTConfig.from_dict({**config.to_dict(), **changes})
-    return Checkpoint(path, format, config, adopt(TABLE, source, config, path, ignore=_MASKS))
+def shards_of(index: Path) -> list[str]:
+    """The files beside an index that hold the tensors; a name that leads elsewhere is refused."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise DataError(f"{index}: weight_map is missing or empty")
+    for shard in weight_map.values():
+        if not isinstance(shard, str) or not re.fullmatch(r"[\w-][\w.-]*", shard):
+            raise DataError(f"{index}: {shard!r} is not the name of a file beside it")
+    return sorted(set(weight_map.values()))
+
+
+def adopt_beside(source: Mapping[str, Tensor], path: Path, format: str) -> Checkpoint:
+    """The model whose tensors `source` came from `path`, by the config.json in or beside that."""
+    beside = (path if path.is_dir() else path.parent) / CONFIG
+    raw = read_json(beside)
+    config = config_from_json(raw, beside)
+    tensors = {name.removeprefix("transformer."): tensor for name, tensor in source.items()}
+    checkpoint = adopt(TABLE, tensors, config, path, format, ignore=_MASKS)
+    return replace(checkpoint, eos_id=raw.get("eos_token_id"))
 
 
 def config_from_json(raw: Mapping[str, Any], path: Path) -> GPTConfig:
@@ -89,9 +104,27 @@ def config_from_json(raw: Mapping[str, Any], path: Path) -> GPTConfig:
     return config
 
 
-def config_to_json(config: GPTConfig, dtype: torch.dtype, eos_id: int | None) -> dict[str, Any]:
-    """What transformers needs to open the folder, and under "pygpt" what it has no key for."""
-    return {
+def write(
+    folder: Path,
+    checkpoint: Checkpoint,
+    tokenizer: Tokenizer | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write model.safetensors, config.json and what else there is; each whole or not at all.
+
+    Under "pygpt" config.json holds what transformers has no key for.
+    """
+    config, eos_id = checkpoint.config, checkpoint.eos_id
+    tensors = {
+        name if name == "lm_head.weight" else f"transformer.{name}": tensor
+        for name, tensor in export(TABLE, checkpoint).items()
+    }
+    stored = dtype or tensors["transformer.wte.weight"].dtype
+    folder.mkdir(parents=True, exist_ok=True)
+    if tokenizer is not None:
+        eos_id = _write_tokenizer(folder, tokenizer, config.context_length)
+    write_safetensors(folder / WEIGHTS, tensors, dtype)
+    raw = {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
         **{theirs: getattr(config, ours) for ours, theirs in _KEYS.items()},
@@ -101,66 +134,27 @@ def config_to_json(config: GPTConfig, dtype: torch.dtype, eos_id: int | None) ->
         "attn_pdrop": config.drop_rate,
         "bos_token_id": eos_id,
         "eos_token_id": eos_id,
-        "torch_dtype": str(dtype).removeprefix("torch."),
+        "torch_dtype": str(stored).removeprefix("torch."),
         "pygpt": {"qkv_bias": config.qkv_bias},
     }
-
-
-def write(
-    folder: Path,
-    config: GPTConfig,
-    tensors: Mapping[str, LazyTensor],
-    *,
-    eos_id: int | None = None,
-) -> None:
-    """Write config.json and model.safetensors; each appears whole or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
-    theirs = export(TABLE, tensors, config.n_layers)
-    if not config.qkv_bias:  # transformers' GPT-2 always has them
-        zeros = torch.zeros(3 * config.emb_dim, dtype=tensors["tok_emb.weight"].dtype)
-        for n in range(config.n_layers):
-            theirs[f"h.{n}.attn.c_attn.bias"] = LazyTensor.of(zeros)
-    named = {n if n == "lm_head.weight" else f"transformer.{n}": t for n, t in theirs.items()}
-    write_safetensors(folder / WEIGHTS, named)
-    raw = config_to_json(config, tensors["tok_emb.weight"].dtype, eos_id)
-    write_whole(folder / CONFIG, [json.dumps(raw, indent=2).encode() + b"\n"])
+    write_json(folder / CONFIG, raw)
     (folder / INDEX).unlink(missing_ok=True)  # of sharded weights that were here before
+    if checkpoint.classifier is not None:
+        write_safetensors(folder / HEAD, checkpoint.classifier)
+        labels = [str(n) for n in range(len(checkpoint.classifier["bias"]))]
+        write_json(folder / "labels.json", labels)
 
 
-def read_tensors(folder: Path, weights: Path | None = None) -> dict[str, LazyTensor]:
-    """Every tensor of a safetensors file or of the shards that an index lists."""
-    if weights is None and not (folder / WEIGHTS).is_file() and (folder / INDEX).is_file():
-        return _read_shards(folder)
-    return read_safetensors(weights or folder / WEIGHTS)
-
-
-def _read_shards(folder: Path) -> dict[str, LazyTensor]:
-    weight_map = shards_of(folder / INDEX)
-    shards = {shard: read_safetensors(folder / shard) for shard in set(weight_map.values())}
-    for name, shard in weight_map.items():
-        if name not in shards[shard]:
-            raise DataError(f"{folder / shard}: {name} is missing, which {INDEX} says is there")
-    return {name: shards[shard][name] for name, shard in weight_map.items()}
-
-
-def shards_of(index: Path) -> dict[str, str]:
-    """Which file beside an index holds each tensor; a name that leads elsewhere is refused."""
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise DataError(f"{index}: weight_map is missing or empty")
-    for shard in weight_map.values():
-        if not isinstance(shard, str) or not re.fullmatch(r"[\w-][\w.-]*", shard):
-            raise DataError(f"{index}: {shard!r} is not the name of a file beside it")
-    return weight_map
-
-
-def write_tokenizer_config(folder: Path, eos: str | None, context_length: int) -> None:
-    """What AutoTokenizer needs beside tokenizer.json."""
+def _write_tokenizer(folder: Path, tokenizer: Tokenizer, context_length: int) -> int | None:
+    """Write what AutoTokenizer needs; returns the id of the end of a text."""
+    tokenizer.save(folder / "tokenizer.json")
+    end = EOT if EOT in tokenizer.special_tokens_set else None
     raw = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": eos,
-        "eos_token": eos,
+        "bos_token": end,
+        "eos_token": end,
         "model_max_length": context_length,
         "clean_up_tokenization_spaces": False,
     }
-    write_whole(folder / "tokenizer_config.json", [json.dumps(raw, indent=2).encode() + b"\n"])
+    write_json(folder / "tokenizer_config.json", raw)
+    return tokenizer.eot_token if end else None

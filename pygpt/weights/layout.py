@@ -1,17 +1,16 @@
-"""What all formats share: tensors that are read when asked for, and tables that rename them.
+"""What all formats share: a checkpoint of mapped tensors, and tables that rename them.
 
 Our names are those of `pygpt.model.GPT`'s state dict. A format is a `Table`; reading goes through
-`adopt`, which checks every name and shape before a single tensor is read, writing through `export`.
+`adopt`, which checks every name and shape, writing through `export`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import math
 import re
 import struct
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -19,122 +18,114 @@ from torch import Tensor
 
 from pygpt.config import GPTConfig
 from pygpt.errors import DataError
+from pygpt.ops.native import crc32c
 
-# The parts of a GPT, `*` for the number of a block.
-PARTS = (
-    "tok_emb pos_emb blocks.*.norm1 blocks.*.att.qkv blocks.*.att.out blocks.*.norm2 "
-    "blocks.*.ff.up blocks.*.ff.down final_norm out_head"
-)
+DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "f64": torch.float64}
 
-
-@dataclass(frozen=True)
-class LazyTensor:
-    """A tensor in a file: its shape and dtype are known, its data is read by `read`."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    read: Callable[[], Tensor]
-
-    @classmethod
-    def of(cls, tensor: Tensor) -> LazyTensor:
-        """A tensor that is in memory already."""
-        return cls(tuple(tensor.shape), tensor.dtype, lambda: tensor)
-
-    @property
-    def transposed(self) -> LazyTensor:
-        """The same matrix with rows and columns exchanged."""
-        return LazyTensor(self.shape[::-1], self.dtype, lambda: self.read().T)
-
-    def cast(self, dtype: torch.dtype) -> LazyTensor:
-        """The same tensor in another dtype."""
-        return LazyTensor(self.shape, dtype, lambda: self.read().to(dtype))
-
-    @property
-    def numel(self) -> int:
-        """Number of elements."""
-        return math.prod(self.shape)
-
-    def load(self, dtype: torch.dtype | None, device: torch.device | str | None) -> Tensor:
-        """The data; without a copy where it is mapped and needs no change.
-
-        A transposed float32 matrix stays a view: products with it are as fast, with one or two rows
-        up to 1.5 times faster. In 16 bits they are slower, so that those are copied.
-        """
-        source, dtype = self.read(), dtype or self.dtype
-        mapped = source.dtype == dtype and torch.device(device or "cpu") == source.device
-        if mapped and (source.is_contiguous() or dtype == torch.float32):
-            return source
-        return torch.empty(self.shape, dtype=dtype, device=device).copy_(source)
-
-
-@dataclass(frozen=True)
-class Table:
-    """How a format calls each of `PARTS`, and the weight and bias of a part.
-
-    Several of its parts with `|` between are our one, stacked by rows. `transposed`: the weights of
-    linear layers are stored (in, out).
-    """
-
-    parts: str = PARTS
-    norm: tuple[str, ...] = (".weight", ".bias")
-    linear: tuple[str, ...] = (".weight", ".bias")
-    embedding: tuple[str, ...] = (".weight",)
-    transposed: bool = False
-
-    def names(self, n_layers: int) -> Iterator[tuple[str, tuple[str, ...], bool]]:
-        """(our name, their names, transposed) of every tensor that a model can have."""
-        for part, theirs in zip(PARTS.split(), self.parts.split(), strict=True):
-            linear = not _has_no_bias(part) and "norm" not in part
-            suffixes = self.linear if linear else self.norm if "norm" in part else self.embedding
-            for kind, suffix in zip((".weight", ".bias"), suffixes, strict=False):
-                turned = self.transposed and linear and kind == ".weight"
-                for block in map(str, range(n_layers if "*" in part else 1)):
-                    names = (f"{name}{suffix}".replace("*", block) for name in theirs.split("|"))
-                    yield (part + kind).replace("*", block), tuple(names), turned
+# What a tensor's bytes must sum up to (CRC-32C): file, name, tensor, sum.
+Check = tuple[Path, str, Tensor, int]
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     """A model in a file: its format, configuration and tensors under our names.
 
-    `classifier` holds the weight and bias of the book's classification head, where there is one.
+    The tensors are mapped, so that nothing is read before it is used. `eos_id` is the end of a text
+    where the file says it, `classifier` the weight and bias of a classification head.
     """
 
     path: Path
     format: str
     config: GPTConfig
-    tensors: Mapping[str, LazyTensor]
-    classifier: Mapping[str, LazyTensor] | None = None
+    tensors: Mapping[str, Tensor]
+    checks: Sequence[Check] = ()
+    eos_id: int | None = None
+    classifier: Mapping[str, Tensor] | None = None
 
     @property
     def folder(self) -> Path:
         """Where the configuration and tokenizer lie."""
         return self.path if self.path.is_dir() else self.path.parent
 
+    def verified(self) -> Mapping[str, Tensor]:
+        """The tensors; DataError names the first that is not what was saved."""
+        for path, name, tensor, checksum in self.checks:
+            if crc32c(tensor) != checksum:
+                raise DataError(
+                    f"{path} is damaged: {name} is not what was saved (its CRC differs)"
+                )
+        return self.tensors
+
     def load(
         self, dtype: torch.dtype | None = None, device: torch.device | str | None = None
     ) -> dict[str, Tensor]:
-        """Every tensor, as stored unless `dtype` says otherwise."""
-        return {name: tensor.load(dtype, device) for name, tensor in self.tensors.items()}
+        """Every tensor, as stored unless `dtype` says otherwise; no copy where it needs no change.
+
+        A transposed float32 matrix stays a view: products with it are as fast, with one or two rows
+        up to 1.5 times faster. In 16 bits they are slower, so that those are copied.
+        """
+        loaded = {}
+        for name, stored in self.verified().items():
+            as_stored = dtype in (None, stored.dtype) and device in (None, "cpu", stored.device)
+            if as_stored and (stored.is_contiguous() or stored.dtype == torch.float32):
+                loaded[name] = stored
+            else:
+                fresh = torch.empty(stored.shape, dtype=dtype or stored.dtype, device=device)
+                loaded[name] = fresh.copy_(stored)
+        return loaded
 
 
 def shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
     """The shape of every parameter of `GPT(config)`, in the order of its state dict."""
     v, t, c = config.vocab_size, config.context_length, config.emb_dim
-    weights = ((v, c), (t, c), (c,), (3 * c, c), (c, c), (c,), (4 * c, c), (c, 4 * c), (c,), (v, c))
-
-    result: dict[str, tuple[int, ...]] = {}
-    blocks = [(n, number) for n in range(config.n_layers) for number in range(2, 8)]
-    for n, number in [(0, 0), (0, 1), *blocks, (0, 8), *([] if config.tie_weights else [(0, 9)])]:
-        name, shape = PARTS.split()[number].replace("*", str(n)), weights[number]
-        result[f"{name}.weight"] = shape
-        if not _has_no_bias(name) and (config.qkv_bias or not name.endswith("qkv")):
-            result[f"{name}.bias"] = shape[:1]
+    weights: dict[str, tuple[int, ...]] = {"tok_emb": (v, c), "pos_emb": (t, c)}
+    for n in range(config.n_layers):
+        weights |= {
+            f"blocks.{n}.norm1": (c,),
+            f"blocks.{n}.att.qkv": (3 * c, c),
+            f"blocks.{n}.att.out": (c, c),
+            f"blocks.{n}.norm2": (c,),
+            f"blocks.{n}.ff.up": (4 * c, c),
+            f"blocks.{n}.ff.down": (c, 4 * c),
+        }
+    weights["final_norm"] = (c,)
+    if not config.tie_weights:
+        weights["out_head"] = (v, c)
+    result = {}
+    for part, shape in weights.items():
+        result[f"{part}.weight"] = shape
+        if not part.endswith(("emb", "head")) and (config.qkv_bias or not part.endswith("qkv")):
+            result[f"{part}.bias"] = shape[:1]
     return result
 
 
-def _has_no_bias(part: str) -> bool:
-    return part.endswith(("emb", "head"))
+@dataclass(frozen=True)
+class Table:
+    """How a format calls what we call otherwise: `ours=theirs`, replaced in this order.
+
+    A `*` in a name of theirs stands for each of `stacked`, which by rows make up our one tensor.
+    `transposed`: the weights of linear layers are stored (in, out).
+    """
+
+    renames: str
+    stacked: tuple[str, ...] = ()
+    transposed: bool = False
+
+    def names(self, config: GPTConfig) -> dict[str, list[str]]:
+        """Their names for every tensor that a model of this size can have."""
+        pairs = [rename.split("=") for rename in self.renames.split()]
+        result = {}
+        for ours in shapes(replace(config, qkv_bias=True, tie_weights=False)):
+            theirs = ours
+            for before, after in pairs:
+                theirs = theirs.replace(before, after)
+            several = [theirs.replace("*", part) for part in self.stacked]
+            result[ours] = several if "*" in theirs else [theirs]
+        return result
+
+    def turns(self, ours: str) -> bool:
+        """Whether a tensor is stored transposed."""
+        return self.transposed and ours.endswith("weight") and (".att." in ours or ".ff." in ours)
 
 
 @contextlib.contextmanager
@@ -144,70 +135,84 @@ def blaming(path: Path) -> Iterator[None]:
         yield
     except KeyError as missing:
         raise DataError(f"{path}: the key {missing} is missing") from None
-    except (TypeError, ValueError, AttributeError, IndexError, struct.error) as error:
+    except (TypeError, ValueError, AttributeError, IndexError, RuntimeError, struct.error) as error:
         raise DataError(f"{path}: {error}") from None
 
 
 def adopt(
     table: Table,
-    source: Mapping[str, LazyTensor],
+    source: Mapping[str, Tensor],
     config: GPTConfig,
     path: Path,
+    format: str,
     *,
     ignore: str = "$^",
-) -> dict[str, LazyTensor]:
-    """The tensors of `source` under our names.
+) -> Checkpoint:
+    """The model whose tensors are in `source`, under our names.
 
-    Names that match the pattern `ignore` whole may be left over. Everything that is missing, left
-    over or of another shape is named in one DataError.
+    What is stored settles whether a head is tied and whether qkv have biases. Names that match the
+    pattern `ignore` whole may be left over. Everything that is missing, left over, of another shape
+    or no floating-point number is named in one DataError.
     """
     if config.n_layers > len(source):  # before a damaged number makes a giant table
         raise DataError(f"{path}: {len(source)} tensors cannot hold {config.n_layers} layers")
-    wanted, known = shapes(config), set[str]()
-    result: dict[str, LazyTensor] = {}
-    problems: dict[str, list[str]] = {"missing": [], "unexpected": [], "misshaped": []}
-    for ours, theirs, transposed in table.names(config.n_layers):
-        known.update(theirs)
-        if ours not in wanted:
-            continue
-        rows, *columns = wanted[ours]
-        shape = (rows // len(theirs), *columns)
-        shape = shape[::-1] if transposed else shape
-        parts = {name: source[name] for name in theirs if name in source}
-        problems["missing"] += (name for name in theirs if name not in parts)
-        for name, part in parts.items():
-            if part.shape != shape:
-                why = " (transposed)" if part.shape == shape[::-1] else ""
-                problems["misshaped"].append(f"{name} is {part.shape}, expected {shape}{why}")
-        if parts:
-            turned = [part.transposed if transposed else part for part in parts.values()]
-            result[ours] = _stack(turned)
-    problems["unexpected"] = [
-        name for name in source if name not in known and not re.fullmatch(ignore, name)
-    ]
+    names = table.names(config)
+    config = _settled(names, source, config)
+    expected: dict[str, tuple[int, ...]] = {}
+    for ours, (rows, *columns) in shapes(config).items():
+        shape = (rows // len(names[ours]), *columns)
+        expected |= dict.fromkeys(names[ours], shape[::-1] if table.turns(ours) else shape)
+    known = {name for theirs in names.values() for name in theirs}
+    problems = {
+        "missing": [name for name in expected if name not in source],
+        "unexpected": [n for n in source if n not in known and not re.fullmatch(ignore, n)],
+        "misshaped": [
+            f"{name} is {wrong}"
+            for name, shape in expected.items()
+            if name in source and (wrong := _misfit(source[name], shape))
+        ],
+    }
     said = [
-        f"{what}: {', '.join(names[:5])}{f' and {len(names) - 5} more' if names[5:] else ''}"
-        for what, names in problems.items()
-        if names
+        f"{what}: {', '.join(found[:5])}{f' and {len(found) - 5} more' if found[5:] else ''}"
+        for what, found in problems.items()
+        if found
     ]
     if said:
         raise DataError(f"{path}: the tensors do not fit the configuration; {'; '.join(said)}")
-    return {name: result[name] for name in wanted}
+    tensors = {}
+    for ours in shapes(config):
+        parts = [source[name] for name in names[ours]]
+        tensor = torch.cat(parts) if parts[1:] else parts[0]
+        tensors[ours] = tensor.T if table.turns(ours) else tensor
+    return Checkpoint(path, format, config, tensors)
 
 
-def _stack(parts: list[LazyTensor]) -> LazyTensor:
-    """Tensors one below the other; a single one stays as it is."""
-    if not parts[1:]:
-        return parts[0]
-    rows = sum(part.shape[0] for part in parts)
-    shape = (rows, *parts[0].shape[1:])
-    return LazyTensor(shape, parts[0].dtype, lambda: torch.cat([part.read() for part in parts]))
+def _settled(
+    names: Mapping[str, list[str]], source: Mapping[str, Tensor], config: GPTConfig
+) -> GPTConfig:
+    """The configuration, but for a head that is not the embedding, and biases that are not zero."""
+    (embedding,), (head,) = names["tok_emb.weight"], names["out_head.weight"]
+    if config.tie_weights and head in source and embedding in source:
+        config = replace(config, tie_weights=torch.equal(source[head], source[embedding]))
+    biases = [name for ours in names if ours.endswith("qkv.bias") for name in names[ours]]
+    if any(bool(source[name].any()) for name in biases if name in source):
+        config = replace(config, qkv_bias=True)
+    return config
 
 
-def export(table: Table, tensors: Mapping[str, LazyTensor], n_layers: int) -> dict[str, LazyTensor]:
-    """Our tensors under their names; for tables that map one to one."""
-    return {
-        theirs: tensors[ours].transposed if transposed else tensors[ours]
-        for ours, (theirs,), transposed in table.names(n_layers)
-        if ours in tensors
-    }
+def _misfit(tensor: Tensor, shape: tuple[int, ...]) -> str:
+    if tensor.shape != shape:
+        transposed = " (transposed)" if tensor.shape == shape[::-1] else ""
+        return f"{tuple(tensor.shape)}, expected {shape}{transposed}"
+    return "" if tensor.dtype in DTYPES.values() else f"of {tensor.dtype}"
+
+
+def export(table: Table, checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """Its tensors under their names, which map one to one; zeros for the biases it does without."""
+    config, tensors = checkpoint.config, checkpoint.verified()
+    names, dtype = table.names(config), tensors["tok_emb.weight"].dtype
+    result = {}
+    for ours, shape in shapes(replace(config, qkv_bias=True)).items():
+        tensor = tensors[ours] if ours in tensors else torch.zeros(shape, dtype=dtype)
+        result[names[ours][0]] = tensor.T if table.turns(ours) else tensor
+    return result

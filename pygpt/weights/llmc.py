@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import math
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from pygpt.config import GPTConfig
 from pygpt.errors import DataError
-from pygpt.weights.layout import Checkpoint, LazyTensor, Table, blaming, shapes
+from pygpt.weights.files import map_file
+from pygpt.weights.layout import Checkpoint, blaming, shapes
 
-MAGIC = 20240326
+MAGIC = struct.pack("<i", 20240326)
 _HEADER = 1024
 
 
 def read(path: Path) -> Checkpoint:
     """The model in an llm.c checkpoint; its padded vocabulary is cut back to the real one."""
-    with path.open("rb") as file:
-        head = file.read(_HEADER)
-    if len(head) < _HEADER:
+    content = map_file(path)
+    if len(content) < _HEADER:
         raise DataError(f"{path} ends within its header")
-    _, version, context, vocab, layers, heads, width, padded = struct.unpack("<8i", head[:32])
+    _, version, context, vocab, layers, heads, width, padded = (
+        content[:32].view(torch.int32).tolist()
+    )
     if not 1 <= version <= 5:
         raise DataError(f"{path}: unknown version {version} of llm.c's format")
     padded = padded or vocab  # versions 1 and 2 had no padding
@@ -31,21 +34,20 @@ def read(path: Path) -> Checkpoint:
             vocab, context, width, heads, layers, drop_rate=0.0, qkv_bias=True, tie_weights=True
         )
     count = (padded + context + 2 + layers * (12 * width + 13)) * width
-    size = path.stat().st_size
     # The meaning of a version number has changed over time; the size of the file is plain.
-    dtype = {_HEADER + 4 * count: torch.float32, _HEADER + 2 * count: torch.bfloat16}.get(size)
-    if padded < vocab or dtype is None:
+    sizes = {_HEADER + 4 * count: torch.float32, _HEADER + 2 * count: torch.bfloat16}
+    if padded < vocab or len(content) not in sizes:
+        fp32, bf16 = sizes
         raise DataError(
-            f"{path} has {size} bytes; its header describes {_HEADER + 4 * count} (fp32) or "
-            f"{_HEADER + 2 * count} (bf16)"
+            f"{path} has {len(content)} bytes; its header describes {fp32} (fp32) or {bf16} (bf16)"
         )
-    wanted = shapes(config)
-    data = torch.from_file(str(path), size=size, dtype=torch.uint8)[_HEADER:].view(dtype)
-    padding = (padded - vocab) * width
-    tensors, start = {}, 0
-    for name, _, _ in Table().names(layers):  # the order of the file
-        if name in wanted:
-            size = math.prod(wanted[name])
-            tensors[name] = LazyTensor.of(data[start : start + size].view(wanted[name]))
-            start += size + (padding if name == "tok_emb.weight" else 0)
-    return Checkpoint(path, "llm.c", config, {name: tensors[name] for name in wanted})
+    data, start = content[_HEADER:].view(sizes[len(content)]), 0
+    tensors = {}
+    for kind, shape in shapes(replace(config, n_layers=1)).items():  # in the order of the file
+        for number in range(layers if kind.startswith("blocks.") else 1):
+            end = start + math.prod(shape)
+            tensors[kind.replace(".0.", f".{number}.")] = data[start:end].view(shape)
+            start = end
+        if kind == "tok_emb.weight":
+            start += (padded - vocab) * width
+    return Checkpoint(path, "llm.c", config, tensors)

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from pygpt.errors import DataError
+from pygpt.weights import huggingface
 from pygpt.weights.files import read_json
-from pygpt.weights.huggingface import config_from_json
-from pygpt.weights.layout import Checkpoint, LazyTensor, Table, adopt
+from pygpt.weights.layout import Checkpoint, Table, adopt
 from pygpt.weights.tensorflow_bundle import read_bundle
 
+# Hugging Face kept their names, but for these.
 TABLE = Table(
-    "model/wte model/wpe model/h*/ln_1 model/h*/attn/c_attn model/h*/attn/c_proj model/h*/ln_2 "
-    "model/h*/mlp/c_fc model/h*/mlp/c_proj model/ln_f (tied)",
-    norm=("/g", "/b"),
-    linear=("/w", "/b"),
-    embedding=("",),
+    "tok_emb.weight=tok_emb pos_emb.weight=pos_emb norm1.weight=norm1.g norm2.weight=norm2.g "
+    f"final_norm.weight=final_norm.g weight=w bias=b blocks.=h {huggingface.TABLE.renames} .=/",
     transposed=True,
 )
 
@@ -24,17 +23,16 @@ def read(folder: Path) -> Checkpoint:
     """The model in a folder of OpenAI's."""
     hparams = folder / "hparams.json"
     raw = read_json(hparams)
-    config = config_from_json({"vocab_size": raw.get("n_vocab"), **raw}, hparams)
+    config = huggingface.config_from_json({"vocab_size": raw.get("n_vocab"), **raw}, hparams)
     indices = sorted(folder.glob("*.index"))
     if len(indices) != 1:
         raise DataError(f"{folder} has {len(indices)} checkpoints (*.index), expected one")
-    source = {name: _matrix(tensor) for name, tensor in read_bundle(indices[0]).items()}
-    tensors = adopt(TABLE, source, config, indices[0], ignore=".*(Adam|global_step|_power).*")
-    return Checkpoint(folder, "OpenAI (TensorFlow)", config, tensors)
-
-
-def _matrix(tensor: LazyTensor) -> LazyTensor:
-    """Their matrices are kernels of a convolution of width 1: (1, in, out)."""
-    if len(tensor.shape) != 3 or tensor.shape[0] != 1:
-        return tensor
-    return LazyTensor(tensor.shape[1:], tensor.dtype, lambda: tensor.read()[0])
+    tensors, checks = read_bundle(indices[0])
+    # Their matrices are kernels of a convolution of width 1: (1, in, out).
+    source = {
+        name.removeprefix("model/"): tensor[0] if tensor.dim() == 3 else tensor
+        for name, tensor in tensors.items()
+    }
+    ignore = ".*(Adam|global_step|_power).*"
+    checkpoint = adopt(TABLE, source, config, folder, "OpenAI (TensorFlow)", ignore=ignore)
+    return replace(checkpoint, checks=checks)

@@ -13,19 +13,21 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from pygpt.errors import DataError
 from pygpt.ops.native import crc32c
-from pygpt.weights.files import map_file, mapped
-from pygpt.weights.layout import LazyTensor, blaming
+from pygpt.weights.files import aligned, map_file
+from pygpt.weights.layout import Check, blaming
 
 _TABLE_MAGIC = 0xDB4775248B80FB57
 _DTYPES = {1: torch.float32, 19: torch.float16}  # DataType's numbers
 
 
-def read_bundle(index: Path) -> dict[str, LazyTensor]:
-    """The tensors of the TensorFlow checkpoint whose index is given, memory-mapped."""
-    result = {}
+def read_bundle(index: Path) -> tuple[dict[str, Tensor], list[Check]]:
+    """The tensors of the TensorFlow checkpoint whose index is given, mapped, and their checks."""
+    tensors: dict[str, Tensor] = {}
+    checks: list[Check] = []
     n_shards = 1
     with blaming(index):
         for key, value in _table(index.read_bytes()):
@@ -50,9 +52,9 @@ def read_bundle(index: Path) -> dict[str, LazyTensor]:
             data = map_file(path)[start : start + size]
             if len(data) < size:
                 raise DataError(f"{path} ends within {name}")
-            checksum = _unmask(int(fields.get(6, 0)))
-            result[name] = mapped(path, name, data, dtype, shape, checksum)
-    return result
+            checks.append((path, name, data, _unmask(int(fields.get(6, 0)))))
+            tensors[name] = aligned(data).view(dtype).view(shape)
+    return tensors, checks
 
 
 # --- the table -----------------------------------------------------------------------------------
