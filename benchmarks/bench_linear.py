@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from timing import interleaved, machine, row
 
-from pygpt.ops.product import sgemm
+from pygpt.ops.product import gemm
 
 SHAPES = [  # rows, width in, width out
     (1024, 768, 2304),
@@ -38,7 +38,7 @@ def main():
             ours, theirs = (torch.empty(a.shape[0], b.shape[1]) for _ in range(2))
             exact = a.double() @ b.double()
             products = [
-                lambda a=a, b=b, out=ours: sgemm(a, b, out),
+                lambda a=a, b=b, out=ours: gemm(a, b, out),
                 lambda a=a, b=b, out=theirs: torch.mm(a, b, out=out),
             ]
             for product in products:

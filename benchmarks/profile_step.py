@@ -20,7 +20,7 @@ from timing import interleaved, machine, row
 from torch.profiler import ProfilerActivity, profile
 
 from pygpt import training
-from pygpt.ops.product import sgemm
+from pygpt.ops.product import gemm
 
 PARTS = {  # the first of these names that an event or one of its callers begins with
     "head and loss": ("pygpt::linear_cross_entropy", "aten::cross_entropy", "aten::_log_softmax"),
@@ -76,7 +76,7 @@ def ceilings(dtype: torch.dtype) -> tuple[float, float]:
     a, b, out = (torch.ones(n, n, dtype=dtype) for _ in range(3))
     products = [lambda: torch.mm(a, b, out=out)]
     if dtype == torch.float32:
-        products.append(lambda: sgemm(a, b, out))
+        products.append(lambda: gemm(a, b, out))
     big, other = torch.ones(1 << 26), torch.ones(1 << 26)
     copying = interleaved([lambda: other.copy_(big)], 0.5)[0]
     return 2 * n**3 / min(interleaved(products, 0.5)), 2 * big.nbytes / copying

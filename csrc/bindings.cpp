@@ -200,17 +200,19 @@ void bind_attention(py::module_& m) {
   });
 }
 
-void bind_sgemm(py::module_& m) {
-  m.def("sgemm", [](int64_t rows, int64_t cols, int64_t depth, uintptr_t a, int64_t a_m_stride,
-                    int64_t a_k_stride, uintptr_t b, int64_t b_k_stride, int64_t b_n_stride,
-                    uintptr_t c, int64_t c_stride, uintptr_t bias, bool accumulate) {
-    if (!rows || !cols) return;
-    if (!a || !b || !c) throw std::invalid_argument("sgemm was given a tensor without memory");
-    const py::gil_scoped_release release;
-    cpu_kernels().sgemm({rows, cols, depth, pointer<float>(a), a_m_stride, a_k_stride,
-                         pointer<float>(b), b_k_stride, b_n_stride, pointer<float>(c), c_stride,
-                         pointer<float>(bias), accumulate});
-  });
+void bind_gemm(py::module_& m) {
+  m.def("gemm",
+        [](int64_t rows, int64_t cols, int64_t depth, uintptr_t a, int a_type, int64_t a_m_stride,
+           int64_t a_k_stride, uintptr_t b, int b_type, int64_t b_k_stride, int64_t b_n_stride,
+           uintptr_t c, int c_type, int64_t c_stride, uintptr_t bias, bool accumulate) {
+          if (!rows || !cols) return;
+          if (!a || !b || !c) throw std::invalid_argument("gemm was given a tensor without memory");
+          const py::gil_scoped_release release;
+          cpu_kernels().gemm({rows, cols, depth, pointer<void>(a), static_cast<DType>(a_type),
+                              a_m_stride, a_k_stride, pointer<void>(b), static_cast<DType>(b_type),
+                              b_k_stride, b_n_stride, pointer<void>(c), static_cast<DType>(c_type),
+                              c_stride, pointer<float>(bias), accumulate});
+        });
 }
 
 void bind_gelu(py::module_& m) {
@@ -258,7 +260,7 @@ PYBIND11_MODULE(_native, m) {
   bind_attention(m);
   bind_sample(m);
   bind_cross_entropy(m);
-  bind_sgemm(m);
+  bind_gemm(m);
   bind_gelu(m);
   bind_crc32c(m);
 }

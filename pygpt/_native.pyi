@@ -104,7 +104,7 @@ def sample(
     arg11: int,
     arg12: int,
 ) -> None: ...
-def sgemm(
+def gemm(
     arg0: int,
     arg1: int,
     arg2: int,
@@ -117,7 +117,10 @@ def sgemm(
     arg9: int,
     arg10: int,
     arg11: int,
-    arg12: bool,
+    arg12: int,
+    arg13: int,
+    arg14: int,
+    arg15: bool,
 ) -> None: ...
 def gelu(arg0: int, arg1: int, arg2: int, arg3: int, arg4: int) -> None: ...
 def crc32c(arg0: int, arg1: int) -> int: ...

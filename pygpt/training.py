@@ -341,8 +341,7 @@ class _Loop:
             self.optimizer.state[p][key] = tensor.to(p.device)
         self.step = self.saved = checkpoint.state["step"]
         self.seconds = checkpoint.state["seconds"]
-        if (wins := checkpoint.state.get("sgemm_wins")) is not None:
-            ops.assume_sgemm_wins(wins)
+        ops.assume_own_products(checkpoint.state.get("own_products", {}))
 
     # --- the loop ---
 
@@ -456,7 +455,7 @@ class _Loop:
         model, optimizer = self.state()
         state = {"step": self.step, "seconds": self.seconds, "settings": self.settings}
         if self.device.type == "cpu":
-            state["sgemm_wins"] = ops.sgemm_wins()
+            state["own_products"] = ops.own_products()
         try:
             folder = save_checkpoint(
                 self.out / "checkpoints",

@@ -1,4 +1,4 @@
-"""ops.linear: F.linear's results from the native float32 product, forward and backward."""
+"""ops.linear: F.linear's results from the native products, forward and backward."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from pygpt import ops
+from pygpt.ops.product import gemm
 
 
 def example(rows, cols, depth, *, seed=0):
@@ -108,6 +109,40 @@ def test_under_autocast_it_is_as_exact_as_torch_and_keeps_no_narrow_weight(dtype
     for a, b, e in zip(ours, theirs, exact, strict=True):
         eps = 2 * torch.finfo(dtype).eps * e.abs().max()
         assert (a - e).abs().max() <= 2 * (b - e).abs().max() + eps
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_a_product_of_two_widths_rounds_its_operands_alone(seed):
+    g = torch.Generator().manual_seed(seed)
+    m, n, k = (int(2 ** (11 * torch.rand((), generator=g))) for _ in range(3))
+    wide, narrow = torch.float32, torch.bfloat16
+    types = [(narrow, wide, narrow), (narrow, wide, wide), (narrow, narrow, wide)]
+    types += [(wide, narrow, wide), (narrow, narrow, narrow)]
+    a_type, b_type, type_ = types[seed % 5]
+    a, b = torch.randn(m, k, generator=g), torch.randn(k, n, generator=g)
+    a = (a if seed % 2 else a.t().contiguous().t()).to(a_type)
+    b = (b if seed % 3 else b.t().contiguous().t()).to(b_type)
+    bias, before = torch.randn(n, generator=g), torch.randn(m, n, generator=g).to(type_)
+    exact = a.to(narrow).double() @ b.to(narrow).double()
+    terms = a.double().abs() @ b.double().abs() + 4
+    error = torch.finfo(wide).eps * k**0.5 * terms
+    out = torch.full_like(before, torch.nan)
+    gemm(a, b, out, bias)
+    for result, expected in (
+        (out, exact + bias),
+        (gemm(a, b, more := before.clone(), accumulate=True) or more, exact + before),
+    ):
+        rounding = torch.finfo(type_).eps / 2 * expected.abs()
+        assert ((result - expected).abs() <= error + rounding).all(), f"seed {seed}"
+
+
+def test_a_long_sum_in_bfloat16_is_rounded_once():
+    g = torch.Generator().manual_seed(0)
+    a, b = torch.randn(20, 5000, generator=g).bfloat16(), torch.randn(5000, 40, generator=g)
+    outs = torch.empty(20, 40, dtype=torch.bfloat16), torch.empty(20, 40)
+    for out in outs:
+        gemm(a, b, out)
+    assert torch.equal(outs[0], outs[1].bfloat16())
 
 
 def test_float64_goes_to_torch():

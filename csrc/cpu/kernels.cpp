@@ -10,7 +10,7 @@ void sample(const SampleArgs&);
 void cross_entropy(const CrossEntropyArgs&);
 void attention_forward(const AttentionArgs&);
 void attention_backward(const AttentionArgs&);
-void sgemm(const SgemmArgs&);
+void gemm(const GemmArgs&);
 void byte_classes(const uint8_t* text, int64_t blocks, ByteClasses* out);
 void gelu(const GeluArgs&);
 uint32_t crc32c(const uint8_t* data, int64_t size);
@@ -22,7 +22,7 @@ const CpuKernels kernels = {
     .cross_entropy = cross_entropy,
     .attention_forward = attention_forward,
     .attention_backward = attention_backward,
-    .sgemm = sgemm,
+    .gemm = gemm,
     .byte_classes = byte_classes,
     .gelu = gelu,
     .crc32c = crc32c,

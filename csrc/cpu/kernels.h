@@ -65,14 +65,18 @@ struct AttentionArgs {
 };
 
 // c = a b (+ bias), or c += a b: a (m, k), b (k, n), c (m, n) with unit stride along n. Of each
-// pair of strides of a and of b one is 1.
-struct SgemmArgs {
+// pair of strides of a and of b one is 1. Each is float32 or bfloat16; the product is made in
+// bfloat16, with float32 sums, unless a and b are both float32.
+struct GemmArgs {
   int64_t m, n, k;
-  const float* a;
+  const void* a;
+  DType a_type;
   int64_t a_m_stride, a_k_stride;
-  const float* b;
+  const void* b;
+  DType b_type;
   int64_t b_k_stride, b_n_stride;
-  float* c;
+  void* c;
+  DType c_type;
   int64_t c_stride;
   const float* bias;  // (n) or null
   bool accumulate;
@@ -97,7 +101,7 @@ struct CpuKernels {
   void (*cross_entropy)(const CrossEntropyArgs&);
   void (*attention_forward)(const AttentionArgs&);
   void (*attention_backward)(const AttentionArgs&);
-  void (*sgemm)(const SgemmArgs&);
+  void (*gemm)(const GemmArgs&);
   void (*byte_classes)(const uint8_t* text, int64_t blocks, ByteClasses* out);
   void (*gelu)(const GeluArgs&);
   uint32_t (*crc32c)(const uint8_t* data, int64_t size);

@@ -11,14 +11,14 @@ from pygpt.ops.embedding import tied_embedding
 from pygpt.ops.linear_loss import linear_cross_entropy
 from pygpt.ops.loss import Reduction, cross_entropy
 from pygpt.ops.native import keep_memory, native_info
-from pygpt.ops.product import assume_sgemm_wins, linear, sgemm_wins
+from pygpt.ops.product import assume_own_products, linear, own_products
 from pygpt.ops.sampling import Sampled, sample
 
 __all__ = [
     "Impl",
     "Reduction",
     "Sampled",
-    "assume_sgemm_wins",
+    "assume_own_products",
     "backend",
     "causal_attention",
     "chosen_backend",
@@ -29,7 +29,7 @@ __all__ = [
     "linear",
     "linear_cross_entropy",
     "native_info",
+    "own_products",
     "sample",
-    "sgemm_wins",
     "tied_embedding",
 ]

@@ -22,12 +22,12 @@ from pygpt.ops.loss import (
     times,
 )
 from pygpt.ops.native import empty, register
-from pygpt.ops.product import autocast_dtype, cast, empty_gradients, product, weight_gradient
+from pygpt.ops.product import autocast_dtype, cast, empty_gradients, product, reads_wider
 
 # Below this many logits there is nothing to save, and torch's calls cost less than ours.
 _FEW_LOGITS = 1 << 18
 # Bytes of logits that linear_cross_entropy holds at a time.
-_LOGITS_BYTES, _CUDA_LOGITS_BYTES = 1 << 26, 1 << 29
+_LOGITS_BYTES, _CUDA_LOGITS_BYTES = 104 << 20, 1 << 29
 
 
 def linear_cross_entropy(
@@ -113,8 +113,8 @@ def _pass(
     if not rows:
         dweight.zero_()
     losses, total = torch.empty(rows, device=x.device), 0.0
-    half_x, half_weight = cast(x, dtype), cast(weight, dtype)
-    half_bias = None if bias is None else bias.to(dtype)
+    half_x = cast(x, dtype)
+    operand = weight if reads_wider(dtype, x.device) else cast(weight, dtype)
     most = _CUDA_LOGITS_BYTES if x.is_cuda else _LOGITS_BYTES
     chunks = -(-rows * vocab * half_x.element_size() // most) or 1
     chunk = max(1, -(-rows // chunks))
@@ -122,7 +122,7 @@ def _pass(
     for start in range(0, rows, chunk):
         piece = slice(start, min(start + chunk, rows))
         logits, x_piece = buffer[: piece.stop - start], half_x[piece]
-        product(x_piece, half_weight.t(), logits, half_bias)
+        product(x_piece, operand.t(), logits, bias)
         if x.is_cuda:
             losses[piece] = cuda_rows_pass(
                 logits, targets[piece], ignore_index, scale[piece] if any(wanted) else None
@@ -137,12 +137,10 @@ def _pass(
                 1.0 / max(divisor, 1),
                 None if scales is None else scales[piece],
             )
-        if wanted[0] and dtype == x.dtype:
-            product(logits, half_weight, dx[piece])
-        elif wanted[0]:
-            dx[piece] = torch.mm(logits, half_weight)
+        if wanted[0]:
+            product(logits, operand, dx[piece])
         if wanted[1]:
-            weight_gradient(product, logits, x_piece, dweight, accumulate=start > 0)
+            product(logits.t(), x_piece, dweight, accumulate=start > 0)
         if wanted[2]:
             dbias += logits.sum(0, dtype=dbias.dtype)
     if reduction == "none":

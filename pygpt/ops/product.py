@@ -40,7 +40,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, impl: Impl 
         and x.shape[-1] == weight.shape[-1] > 0
     )
     many = native and x.numel() >= SGEMM_ROWS * x.shape[-1]
-    wins = sgemm_wins() if dtype == torch.float32 else torch.is_grad_enabled()
+    wins = own_wins(dtype) if dtype == torch.float32 else torch.is_grad_enabled()
     if resolve(impl, native=native, auto=many and wins) == "native":
         return torch.ops.pygpt.linear(x.to(dtype), weight, bias)  # type: ignore[no-any-return]
     return F.linear(x, weight, bias)
@@ -53,78 +53,116 @@ def autocast_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if inside else x.dtype
 
 
-def sgemm(
+def gemm(
     a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None = None, accumulate: bool = False
-) -> Tensor:
-    """out = a b + bias, or out += a b, in float32."""
+) -> None:
+    """out = a b + bias, or out += a b: float32 or bfloat16 each, in bfloat16 if a or b is."""
     a, b = (x if 1 in x.stride() else x.contiguous() for x in (a, b))
-    bias = None if bias is None else bias.contiguous()
-    _native.sgemm(
+    bias = None if bias is None else bias.float().contiguous()
+    _native.gemm(
         a.shape[0],
         b.shape[1],
         a.shape[1],
         a.data_ptr(),
+        DTYPES[a.dtype],
         a.stride(0),
         a.stride(1),
         b.data_ptr(),
+        DTYPES[b.dtype],
         b.stride(0),
         b.stride(1),
         out.data_ptr(),
+        DTYPES[out.dtype],
         out.stride(0),
         address(bias),
         accumulate,
     )
-    return out
 
 
-_sgemm_wins: bool | None = None  # changed by the two functions below alone
+_own_wins: dict[torch.dtype, bool] = {}  # changed by the three functions below alone
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def sgemm_wins() -> bool:
-    """Whether the native product beats torch's on this machine: measured once a process."""
-    global _sgemm_wins
-    if _sgemm_wins is None:
-        _sgemm_wins = _measure_sgemm()
-    return _sgemm_wins
+def own_wins(dtype: torch.dtype) -> bool:
+    """Whether the native product in float32, or of bfloat16 with float32, is taken on this machine:
+    measured once a process."""
+    if dtype not in _own_wins:
+        _own_wins[dtype] = dtype in (torch.float32, torch.bfloat16) and _measure(dtype)
+    return _own_wins[dtype]
 
 
-def assume_sgemm_wins(wins: bool) -> None:
+def own_products() -> dict[str, bool]:
+    """What was measured so far, for `assume_own_products`."""
+    return {str(dtype).removeprefix("torch."): wins for dtype, wins in _own_wins.items()}
+
+
+def assume_own_products(wins: dict[str, bool]) -> None:
     """Go on with what another process measured: the two products' last bits differ."""
-    global _sgemm_wins
-    _sgemm_wins = wins
+    _own_wins.update({getattr(torch, name): value for name, value in wins.items()})
 
 
-def _measure_sgemm() -> bool:
-    with torch.no_grad():
-        a, b, out = torch.ones(384, 512), torch.ones(512, 512), torch.empty(384, 512)
-        times: list[list[float]] = [[], []]
-        for _ in range(7):
-            for product, record in zip((sgemm, _torch_product), times, strict=True):
-                start = time.perf_counter()
-                product(a, b.t(), out)
-                record.append(time.perf_counter() - start)
-    return min(times[0]) < 0.9 * min(times[1])
+def _measure(dtype: torch.dtype) -> bool:
+    """One thread's time, which does not depend on what else the machine does."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.no_grad():
+            a, b, out = torch.ones(384, 512), torch.ones(512, 512), torch.empty(384, 512)
+            a, out = a.to(dtype), out.to(dtype)
+            times: list[list[float]] = [[], []]
+            for _ in range(7):
+                for product, record in zip((gemm, _torch_product), times, strict=True):
+                    start = time.thread_time()
+                    product(a, b.t(), out)
+                    record.append(time.thread_time() - start)
+    finally:
+        torch.set_num_threads(threads)
+    # Far from the ratios of known machines, so that the choice is the same every time: in float32
+    # 2 (AMD) and 1, in bfloat16 1.2 (no AMX) and below 0.5.
+    return min(times[0]) < (0.9 if dtype == torch.float32 else 1.4) * min(times[1])
 
 
 def _torch_product(
     a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None = None, accumulate: bool = False
-) -> Tensor:
-    if bias is not None:
-        return torch.addmm(bias, a, b, out=out)
-    return out.addmm_(a, b, beta=float(accumulate))
+) -> None:
+    narrow = b.dtype if a.dtype == torch.float32 else a.dtype
+    a, b = cast(a, narrow), cast(b, narrow)
+    if out.dtype != narrow:
+        slices = 1 if a.is_cuda else -(-out.numel() // _SLICE) or 1  # a CPU can cache one
+        rows = -(-len(out) // slices) or 1
+        part = empty(a, (min(rows, len(out)), out.shape[1]))
+        for low in range(0, len(out), rows):
+            piece = out[low : low + rows]
+            some = torch.mm(a[low : low + rows], b, out=part[: len(piece)])
+            piece.add_(some) if accumulate else piece.copy_(some)
+    elif bias is not None:
+        torch.addmm(bias.to(narrow), a, b, out=out)
+    else:
+        out.addmm_(a, b, beta=float(accumulate))
+
+
+def reads_wider(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether `product` in a dtype takes float32 operands as they are, without a narrow copy."""
+    return device.type == "cpu" and own_wins(dtype)
 
 
 def product(
     a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None = None, accumulate: bool = False
-) -> Tensor:
-    """out = a b + bias, or out += a b without a bias, by whichever is faster."""
-    faster = out.dtype == torch.float32 and not out.is_cuda and sgemm_wins()
-    return (sgemm if faster else _torch_product)(a, b, out, bias, accumulate)
+) -> None:
+    """out = a b + bias, or out += a b without a bias, by whichever is faster.
+
+    The product is made in the narrower dtype of a and b, with float32 sums; out has either.
+    """
+    narrow = b.dtype if a.dtype == torch.float32 else a.dtype
+    # Where all are bfloat16 torch wins, but for the transposed a of a weight's gradient.
+    fits = torch.float32 in (a.dtype, b.dtype, out.dtype) or a.stride(1) != 1
+    own = fits and reads_wider(narrow, out.device)
+    (gemm if own else _torch_product)(a, b, out, bias, accumulate)
 
 
-def _own_product(a: Tensor, b: Tensor, out: Tensor, *rest: Any, **options: Any) -> Tensor:
-    return (sgemm if out.dtype == torch.float32 else product)(a, b, out, *rest, **options)
+def _own_product(a: Tensor, b: Tensor, out: Tensor, *rest: Any, **options: Any) -> None:
+    fits = {a.dtype, b.dtype, out.dtype} <= {torch.float32, torch.bfloat16}
+    (gemm if fits else product)(a, b, out, *rest, **options)
 
 
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -133,13 +171,11 @@ def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def linear_native(
-    multiply: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Tensor | None
+    multiply: Callable[..., None], x: Tensor, weight: Tensor, bias: Tensor | None
 ) -> Tensor:
     """The product is made in x's dtype; of a wider weight nothing narrow outlives it."""
     out = linear_fake(x, weight, bias)
-    half_bias = None if bias is None else bias.to(x.dtype)
-    half = cast(weight, x.dtype)
-    multiply(x.reshape(-1, x.shape[-1]), half.t(), out.view(-1, weight.shape[0]), half_bias)
+    multiply(x.reshape(-1, x.shape[-1]), weight.t(), out.view(-1, weight.shape[0]), bias)
     return out
 
 
@@ -148,40 +184,19 @@ def linear_fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def linear_gradients(
-    multiply: Callable[..., Tensor], grad: Tensor, x: Tensor, weight: Tensor, needed: list[bool]
+    multiply: Callable[..., None], grad: Tensor, x: Tensor, weight: Tensor, needed: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The needed ones among the gradients of x, weight and bias."""
     rows, grads = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
     dx, dweight, dbias = empty_gradients(x, weight, needed)
     # forward: out = x weight^T + bias
     if needed[0]:
-        multiply(grads, cast(weight, x.dtype), dx.view(rows.shape))
+        multiply(grads, weight, dx.view(rows.shape))
     if needed[1]:
-        weight_gradient(multiply, grads, rows, dweight) if len(rows) else dweight.zero_()
+        multiply(grads.t(), rows, dweight) if len(rows) else dweight.zero_()
     if needed[2]:
         dbias.copy_(grads.sum(0))
     return dx, dweight, dbias
-
-
-def weight_gradient(
-    multiply: Callable[..., Tensor],
-    grads: Tensor,
-    rows: Tensor,
-    dweight: Tensor,
-    accumulate: bool = False,
-) -> None:
-    """dweight = grads^T rows, or +=; narrow products of a wider weight are widened in slices."""
-    if grads.dtype == dweight.dtype:
-        multiply(grads.t(), rows, dweight, accumulate=accumulate)
-        return
-    outputs, width = dweight.shape
-    slices = 1 if grads.is_cuda else -(-outputs * width // _SLICE) or 1  # a CPU can cache one
-    slice_rows = -(-outputs // slices)
-    part = empty(grads, (min(slice_rows, outputs), width))
-    for low in range(0, outputs, slice_rows):
-        piece = dweight[low : low + slice_rows]
-        some = torch.mm(grads[:, low : low + slice_rows].t(), rows, out=part[: len(piece)])
-        piece.add_(some) if accumulate else piece.copy_(some)
 
 
 def empty_gradients(x: Tensor, weight: Tensor, needed: list[bool]) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,0 +1,294 @@
+// Matrix products, for the machines on which torch's BLAS runs below half of what they can do (MKL
+// in float32 on AMD), and for bfloat16 products whose operands or result are wider: weights are
+// rounded while they are packed, gradients are added up in float32, and no copy is made of either.
+//
+// The usual scheme: B is packed into panels of kCols columns that all threads read, a task packs
+// its rows of A into panels of kRows, and a register tile of kRows x kCols runs along k. Both are
+// packed in words of 32 bits: one float32, or two bfloat16 that follow each other along k. Sums are
+// float32 within kDepth words of k and then added up: one accumulator along the whole of k would
+// double the error of float32 at k = 768. Every element of C is summed in one order, whatever the
+// number of threads and wherever its row stands.
+//
+// 12 x 2 vectors (AVX-512) ties with 8 x 3, and 32 columns divide the widths of real models.
+#include <algorithm>
+#include <cstdint>
+
+#include "core/parallel.h"
+#include "core/scratch.h"
+#include "cpu/element.h"
+
+namespace pygpt::PYGPT_ISA_NAMESPACE {
+namespace {
+
+constexpr int kRows = kLanes == 16 ? 12 : kLanes == 8 ? 6 : 4;
+constexpr int kCols = 2 * kLanes;
+constexpr int64_t kLongDepth = 768;        // words of k that are packed at a time, at most
+constexpr int64_t kPackedWords = 1 << 20;  // of A and of B: stays in the shared cache
+constexpr int64_t kTaskPanels = 8;         // of A: stays in a core's own cache
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// The first n numbers, then zeros.
+template <class D>
+PYGPT_INLINE F32 read_up_to(const typename D::Type* p, int64_t n) {
+  if (n >= kLanes) return D::read(p);
+  typename D::Type copy[kLanes] = {};
+  for (int i = 0; i < n; ++i) copy[i] = p[i];
+  return D::read(copy);
+}
+template <>
+PYGPT_INLINE F32 read_up_to<Float>(const float* p, int64_t n) {
+  return n >= kLanes ? load(p) : load_first(p, static_cast<int>(std::max<int64_t>(n, 0)));
+}
+template <class D>
+PYGPT_INLINE void write_up_to(typename D::Type* p, F32 x, int64_t n) {
+  if (n >= kLanes) return D::write(p, x);
+  typename D::Type copy[kLanes];
+  D::write(copy, x);
+  for (int i = 0; i < n; ++i) p[i] = copy[i];
+}
+
+// Words of one float32.
+struct Single {
+  static constexpr int kSteps = 1;  // of k in a word
+  static constexpr int64_t kDepth = 192;
+  static PYGPT_INLINE F32 dot(F32 a, F32 b, F32 sum) { return fma(a, b, sum); }
+  // One word for each of `lines` neighbours, of k and on.
+  template <class D>
+  static PYGPT_INLINE F32 across(const typename D::Type* p, int64_t, int64_t lines, int64_t) {
+    return read_up_to<D>(p, lines);
+  }
+  // Words of one line, where `depth` numbers are left.
+  template <class D>
+  static PYGPT_INLINE F32 along(const typename D::Type* p, int64_t depth) {
+    return read_up_to<D>(p, depth);
+  }
+};
+
+// Words of two bfloat16; the lower half is the earlier one.
+struct Pair {
+  static constexpr int kSteps = 2;
+  static constexpr int64_t kDepth = kLongDepth;
+  static PYGPT_INLINE F32 dot(F32 a, F32 b, F32 sum) {
+#if defined(PYGPT_ISA_avx512_bf16)
+    return {_mm512_dpbf16_ps(sum.v, (__m512bh)a.v, (__m512bh)b.v)};
+#else
+    const I32 upper = broadcast(static_cast<int32_t>(0xffff0000));
+    const I32 x = as_i32(a), y = as_i32(b);
+    return fma(as_f32(x & upper), as_f32(y & upper),
+               fma(as_f32(shift_left<16>(x)), as_f32(shift_left<16>(y)), sum));
+#endif
+  }
+  template <class D>
+  static PYGPT_INLINE F32 across(const typename D::Type* p, int64_t k_stride, int64_t lines,
+                                 int64_t depth) {
+    const F32 low = read_up_to<D>(p, lines);
+    const F32 high = depth > 1 ? read_up_to<D>(p + k_stride, lines) : broadcast(0.0f);
+    return as_f32(to_bf16_bits(low) | shift_left<16>(to_bf16_bits(high)));
+  }
+  template <class D>
+  static PYGPT_INLINE F32 along(const typename D::Type* p, int64_t depth) {
+    if constexpr (sizeof(typename D::Type) == 2) {
+      if (depth >= 2 * kLanes) return load(reinterpret_cast<const float*>(p));
+    }
+    uint16_t halves[2 * kLanes];
+    store_bf16(halves, read_up_to<D>(p, depth));
+    store_bf16(halves + kLanes, read_up_to<D>(p + kLanes, depth - kLanes));
+    return load(reinterpret_cast<const float*>(halves));
+  }
+};
+
+// Panels of kLines lines with the words of each k side by side; lines from `width` on are zeros.
+// May write kLanes - 1 words past the end of a panel.
+template <class Unit, class D, int kLines>
+void pack(const void* from, int64_t line_stride, int64_t k_stride, int64_t width, int64_t depth,
+          float* out, int64_t panel_stride) {
+  const auto* p = static_cast<const typename D::Type*>(from);
+  if (line_stride == 1) {
+    for (int64_t k = 0; k < depth; k += Unit::kSteps) {
+      float* panel = out + k / Unit::kSteps * kLines;
+      for (int64_t line = 0; line < width; line += kLines, panel += panel_stride) {
+        for (int i = 0; i < kLines; i += kLanes) {
+          store(panel + i, Unit::template across<D>(p + k * k_stride + line + i, k_stride,
+                                                    width - line - i, depth - k));
+        }
+      }
+    }
+    return;
+  }
+  constexpr int kStep = kLanes * Unit::kSteps;
+  for (int64_t line = 0; line < width; line += kLines, out += panel_stride) {
+    for (int i = 0; i < kLines; i += kLanes) {
+      const int64_t lines = std::min<int64_t>(std::min(kLanes, kLines - i), width - line - i);
+      for (int64_t k = 0; k < depth; k += kStep) {
+        F32 tile[kLanes];
+        for (int j = 0; j < kLanes; ++j) {
+          tile[j] = j < lines
+                        ? Unit::template along<D>(p + (line + i + j) * line_stride + k, depth - k)
+                        : broadcast(0.0f);
+        }
+        transpose(tile);
+        const int64_t words = ceil_div(depth - k, Unit::kSteps);
+        float* to = out + k / Unit::kSteps * kLines + i;
+        for (int j = 0; j < kLanes; ++j) {
+          if (j < words) store(to + j * kLines, tile[j]);
+        }
+      }
+    }
+  }
+}
+
+template <class Unit, int kLines>
+void pack(const void* from, DType type, int64_t begin, int64_t line_stride, int64_t k,
+          int64_t k_stride, int64_t width, int64_t depth, float* out, int64_t panel_stride) {
+  const int64_t at = begin * line_stride + k * k_stride;
+  if (type == DType::kFloat32) {
+    pack<Unit, Float, kLines>(static_cast<const float*>(from) + at, line_stride, k_stride, width,
+                              depth, out, panel_stride);
+  } else {
+    pack<Unit, BFloat, kLines>(static_cast<const uint16_t*>(from) + at, line_stride, k_stride,
+                               width, depth, out, panel_stride);
+  }
+}
+
+using Tile = F32[kRows][2];
+
+// The tile's sums over `words` words, in blocks of at most `block`.
+template <class Unit>
+PYGPT_INLINE void multiply(const float* a, const float* b, int64_t words, int64_t block,
+                           Tile& total) {
+  for (int64_t begin = 0; begin < words; begin += block) {
+    F32 sum[kRows][2];
+    for (auto& row : sum) row[0] = row[1] = broadcast(0.0f);
+    const float* end = a + std::min(block, words - begin) * kRows;
+    for (; a < end; a += kRows, b += kCols) {
+      const F32 left = load(b), right = load(b + kLanes);
+      for (int r = 0; r < kRows; ++r) {
+        const F32 x = broadcast(a[r]);
+        sum[r][0] = Unit::dot(x, left, sum[r][0]);
+        sum[r][1] = Unit::dot(x, right, sum[r][1]);
+      }
+    }
+    for (int r = 0; r < kRows; ++r) {
+      for (int v = 0; v < 2; ++v) total[r][v] = begin ? total[r][v] + sum[r][v] : sum[r][v];
+    }
+  }
+}
+
+template <class D>
+PYGPT_INLINE void add(Tile& total, const void* from, int64_t stride, int64_t rows, int64_t cols) {
+  const auto* p = static_cast<const typename D::Type*>(from);
+  for (int r = 0; r < kRows && r < rows; ++r) {
+    for (int v = 0; v < 2; ++v) {
+      total[r][v] = total[r][v] + read_up_to<D>(p + r * stride + v * kLanes, cols - v * kLanes);
+    }
+  }
+}
+
+template <class D>
+PYGPT_INLINE void put(const Tile& total, void* to, int64_t stride, int64_t rows, int64_t cols) {
+  auto* p = static_cast<typename D::Type*>(to);
+  for (int r = 0; r < kRows && r < rows; ++r) {
+    for (int v = 0; v < 2; ++v) {
+      write_up_to<D>(p + r * stride + v * kLanes, total[r][v], cols - v * kLanes);
+    }
+  }
+}
+
+template <class Unit>
+void product(const GemmArgs& g) {
+  const int64_t all_words = ceil_div(g.k, Unit::kSteps);
+  const int64_t words = ceil_div(all_words, ceil_div(all_words, kLongDepth));  // packed at a time
+  const int64_t long_depth = words * Unit::kSteps;
+  const auto parts = [&](int64_t lines, int64_t panel) {  // of equal length, in whole panels
+    const int64_t panels = ceil_div(lines, panel);
+    const int64_t most = std::max<int64_t>(1, kPackedWords / (words * panel));
+    return ceil_div(panels, ceil_div(2 * panels, 2 * most + 1)) * panel;
+  };
+  const int64_t cols = parts(g.n, kCols), rows = parts(g.m, kRows);
+  const int64_t b_stride = words * kCols, a_stride = words * kRows + kLanes;
+  const bool wide = g.c_type == DType::kFloat32;
+  const bool partial = !wide && g.k > long_depth;  // sums between parts of k are float32
+  const int64_t b_size = cols / kCols * b_stride, a_size = rows / kRows * a_stride;
+  auto* packed_b = reinterpret_cast<float*>(
+      call_scratch((b_size + a_size + (partial ? g.m * g.n : 0)) * sizeof(float)));
+  float* packed_a = packed_b + b_size;
+  float* between = packed_a + a_size;
+  const int64_t threads = num_threads();
+
+  for (int64_t k0 = 0; k0 < g.k; k0 += long_depth) {
+    const int64_t depth = std::min(long_depth, g.k - k0);
+    const int64_t depth_words = ceil_div(depth, Unit::kSteps);
+    // Blocks of one depth, since the longest decides the error.
+    const int64_t block = ceil_div(depth_words, ceil_div(depth_words, Unit::kDepth));
+    const bool first = k0 == 0, last = k0 + depth == g.k;
+    for (int64_t m0 = 0; m0 < g.m; m0 += rows) {
+      const int64_t row_panels = ceil_div(std::min(rows, g.m - m0), kRows);
+      const int64_t tasks = std::min(
+          row_panels,
+          ceil_div(std::max(ceil_div(row_panels, kTaskPanels), 4 * threads), threads) * threads);
+      for (int64_t n0 = 0; n0 < g.n; n0 += cols) {
+        const int64_t width = std::min(cols, g.n - n0), panels = ceil_div(width, kCols);
+        if (m0 == 0 || cols < g.n) {
+          const int64_t group = std::clamp<int64_t>(panels / (4 * threads), 1, 8);
+          parallel_tasks(ceil_div(panels, group), [&](int64_t task, int) {
+            const int64_t begin = task * group * kCols;
+            pack<Unit, kCols>(g.b, g.b_type, n0 + begin, g.b_n_stride, k0, g.b_k_stride,
+                              std::min(group * kCols, width - begin), depth,
+                              packed_b + task * group * b_stride, b_stride);
+          });
+        }
+        parallel_tasks(tasks, [&](int64_t task, int) {
+          const int64_t begin = task * row_panels / tasks, end = (task + 1) * row_panels / tasks;
+          if (n0 == 0) {
+            const int64_t m = m0 + begin * kRows;
+            pack<Unit, kRows>(g.a, g.a_type, m, g.a_m_stride, k0, g.a_k_stride,
+                              std::min((end - begin) * kRows, g.m - m), depth,
+                              packed_a + begin * a_stride, a_stride);
+          }
+          for (int64_t p = 0; p < panels; ++p) {
+            const int64_t n = n0 + p * kCols, some = g.n - n;
+            for (int64_t r = begin; r < end; ++r) {
+              const int64_t m = m0 + r * kRows, height = g.m - m, at = m * g.c_stride + n;
+              auto* out = static_cast<char*>(g.c) + at * (wide ? 4 : 2);
+              float* sums = between + m * g.n + n;
+              for (int i = 0; i < kRows && i < height; ++i) {
+                __builtin_prefetch(out + i * g.c_stride * (wide ? 4 : 2), 1);
+              }
+              Tile total;
+              multiply<Unit>(packed_a + r * a_stride, packed_b + p * b_stride, depth_words, block,
+                             total);
+              if (first && g.bias) add<Float>(total, g.bias + n, 0, kRows, some);
+              if (wide && (!first || g.accumulate)) {
+                add<Float>(total, out, g.c_stride, height, some);
+              } else if (!wide && first && g.accumulate) {
+                add<BFloat>(total, out, g.c_stride, height, some);
+              } else if (!wide && !first) {
+                add<Float>(total, sums, g.n, height, some);
+              }
+              if (wide) {
+                put<Float>(total, out, g.c_stride, height, some);
+              } else if (last) {
+                put<BFloat>(total, out, g.c_stride, height, some);
+              } else {
+                put<Float>(total, sums, g.n, height, some);
+              }
+            }
+          }
+        });
+      }
+    }
+  }
+}
+
+}  // namespace
+
+void gemm(const GemmArgs& g) {
+  if (g.a_type == DType::kFloat32 && g.b_type == DType::kFloat32) {
+    product<Single>(g);
+  } else {
+    product<Pair>(g);
+  }
+}
+
+}  // namespace pygpt::PYGPT_ISA_NAMESPACE
