@@ -59,6 +59,9 @@ class GPTConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        for name in ("qkv_bias", "tie_weights", "exact_gelu"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
         if self.emb_dim % self.n_heads:
             raise ValueError(
                 f"emb_dim {self.emb_dim} is not divisible by n_heads {self.n_heads}; "

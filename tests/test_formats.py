@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pygpt import GPT, GPTConfig, PygptError, Tokenizer, generate
+from pygpt.ops.native import crc32c
 from pygpt.weights import convert, describe, read
 from pygpt.weights.tensorflow_bundle import read_bundle
 from tests.conftest import TEXT
@@ -180,6 +181,21 @@ def test_the_books_classifier_keeps_its_head(tmp_path: Path) -> None:
         convert(tmp_path / "classifier.pth", tmp_path / "m.gguf", n_heads=H)
 
 
+def test_a_classifier_of_pygpts_keeps_head_labels_and_template(tmp_path: Path) -> None:
+    random_gpt().save_pretrained(tmp_path / "in")
+    head = {"weight": torch.randn(2, C), "bias": torch.randn(2)}
+    save_file(head, tmp_path / "in/head.safetensors")
+    (tmp_path / "in/labels.json").write_text('["ham", "spam"]')
+    (tmp_path / "in/template.json").write_text('{"prompt": "?"}')
+    convert(tmp_path / "in", tmp_path / "out", dtype="bf16")
+    kept = load_file(tmp_path / "out/head.safetensors")
+    assert all(torch.equal(kept[name], head[name]) for name in head)
+    for name in ("labels.json", "template.json"):
+        assert (tmp_path / "out" / name).read_text() == (tmp_path / "in" / name).read_text()
+    with pytest.raises(PygptError, match=r"classifies, which llama\.cpp's gpt2 cannot"):
+        convert(tmp_path / "in", tmp_path / "m.gguf")
+
+
 # --- nanoGPT, minGPT, transformers' pickles ------------------------------------------------------
 
 
@@ -288,6 +304,38 @@ def test_a_pickled_transformers_folder_is_converted_but_not_opened(tmp_path: Pat
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
         convert(source, tmp_path / "out")
         assert_equal_logits(tmp_path / "out", model)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tok_emb.weight": torch.zeros(1, 1).expand(10**9, C)}, "has not the data"),
+        ({"tok_emb.weight": torch.empty(V, C, device="meta")}, "has not the data"),
+        ({"tok_emb.weight": torch.eye(V, C).to_sparse()}, "sparse"),
+        ({"tok_emb.weight": torch.zeros(V)}, "bad.pth: not enough values"),
+        ({"trf_blocks.99999999999999999999.x": torch.zeros(1)}, "missing: trf_blocks.2.norm1"),
+        ({"out_head.bias": torch.zeros(3)}, "the classification head does not fit the model"),
+    ],
+)
+def test_state_dicts_that_claim_what_is_not_there_are_refused(
+    tmp_path: Path, change: dict[str, Tensor], message: str
+) -> None:
+    torch.save({**BookGPT().state_dict(), **change}, tmp_path / "bad.pth")
+    with pytest.raises(PygptError, match=re.escape(message)):
+        convert(tmp_path / "bad.pth", tmp_path / "out", n_heads=H)
+    assert not (tmp_path / "out").exists()
+
+
+def test_lora_without_its_other_half_is_refused(tmp_path: Path) -> None:
+    theirs = BookGPT()
+    add_lora(theirs, alpha=3.0)
+    state = theirs.state_dict()
+    for value in (None, torch.zeros(3, 3)):
+        state["out_head.lora.B"] = value
+        kept = {name: tensor for name, tensor in state.items() if tensor is not None}
+        torch.save(kept, tmp_path / "lora.pth")
+        with pytest.raises(PygptError, match=r"lora\.pth: "):
+            convert(tmp_path / "lora.pth", tmp_path / "out", n_heads=H, lora_scale=3.0)
 
 
 class Bomb:
@@ -436,6 +484,23 @@ def test_every_flipped_byte_of_a_bundle_is_noticed(tmp_path: Path, name: str) ->
         (folder / name).write_bytes(whole[:length])
         with pytest.raises(PygptError, match="model"):
             GPT.from_pretrained(folder)
+
+
+def test_an_index_of_endless_numbers_is_refused_at_once(tmp_path: Path) -> None:
+    shutil.copytree(OPENAI, tmp_path / "openai")
+    block = b"\xff" * 2**20 + bytes(4)  # the latter: no restart points
+    data = torch.frombuffer(bytearray(block + b"\0"), dtype=torch.uint8)
+    crc = crc32c(data)
+    masked = ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
+    footer = bytes([0, 0, 0, 0x84, 0x80, 0x40]).ljust(40, b"\0")
+    magic = struct.pack("<Q", 0xDB4775248B80FB57)
+    index = block + b"\0" + struct.pack("<I", masked) + footer + magic
+    (tmp_path / "openai/model.ckpt.index").write_bytes(index)
+    with pytest.raises(PygptError, match=r"index: a number of more than 64 bits"):
+        GPT.from_pretrained(tmp_path / "openai")
+    (tmp_path / "openai/model.ckpt.index").write_text("version https://git-lfs.github.com/spec/v1")
+    with pytest.raises(PygptError, match=r"index is a git-lfs pointer"):
+        GPT.from_pretrained(tmp_path / "openai")
 
 
 def test_an_openai_folder_without_its_parts_is_refused(tmp_path: Path) -> None:

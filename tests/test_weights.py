@@ -303,6 +303,8 @@ def test_things_that_are_not_weights_are_named(folder: Path, tmp_path: Path) -> 
         ({"n_head": 5}, "emb_dim 32 is not divisible by n_heads 5"),
         ({"vocab_size": "many"}, "vocab_size must be a positive integer"),
         ({"n_layer": 3}, "missing: h.2.ln_1.weight"),
+        ({"n_layer": 10**9}, "tensors cannot hold 1000000000 layers"),
+        ({"tie_word_embeddings": "no"}, "tie_weights must be true or false, got 'no'"),
     ],
 )
 def test_configurations_that_do_not_fit_are_refused(
@@ -310,6 +312,23 @@ def test_configurations_that_do_not_fit_are_refused(
 ) -> None:
     path = folder / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    refused(folder, message)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"transformer.wte.weight": torch.ones(61, 32).int()}, "wte.weight is of torch.int32"),
+        ({"transformer.wte.weight": torch.ones(61, 32).bool()}, "wte.weight is of torch.bool"),
+        ({"lm_head.weight": torch.ones(61, 32).long()}, "lm_head.weight is of torch.int64"),
+        ({"wte.weight": torch.ones(61, 32)}, "with and without `transformer.`"),
+    ],
+)
+def test_tensors_that_are_no_weights_are_refused(
+    folder: Path, change: dict[str, torch.Tensor], message: str
+) -> None:
+    path = folder / "model.safetensors"
+    save_file({**load_file(path), **change}, path)
     refused(folder, message)
 
 
@@ -358,6 +377,22 @@ def test_a_failed_save_leaves_the_old_file(folder: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(PygptError, match=r"model\.safetensors could not be written: No space left"):
+        random_model(seed=1).save_pretrained(folder)
+    assert_same(GPT.from_pretrained(folder), random_model())
+    assert sorted(p.name for p in folder.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_what_breaks_off_while_saving_leaves_no_part(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C while the weights are written."""
+
+    def interrupt(*_: object) -> None:
+        assert [*folder.glob("*.part")]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pygpt.weights.files.to_bytes", interrupt)
+    with pytest.raises(KeyboardInterrupt):
         random_model(seed=1).save_pretrained(folder)
     assert_same(GPT.from_pretrained(folder), random_model())
     assert sorted(p.name for p in folder.iterdir()) == ["config.json", "model.safetensors"]
@@ -456,6 +491,22 @@ def test_a_name_is_downloaded_once_and_found_offline(
     assert caught.value.exit_code == 5
 
 
+def test_without_a_network_a_name_fails_at_once(
+    hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    GPT.from_pretrained("tiny/gpt")
+    for address in ("http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.delenv(address, raising=False)
+        monkeypatch.delenv(address.upper(), raising=False)
+    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail("waited to try again"))
+    monkeypatch.setattr(constants, "ENDPOINT", "https://hub.invalid")  # a name of nobody, RFC 2606
+    hub.requests.clear()
+    assert_same(GPT.from_pretrained("tiny/gpt"), random_model())
+    with pytest.raises(PygptError, match="connect to the network once"):
+        GPT.from_pretrained("tiny/other")
+    assert not hub.requests
+
+
 def test_a_sharded_name_is_downloaded_whole(
     hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -474,7 +525,7 @@ def test_an_index_on_the_hub_cannot_lead_out_of_the_cache(hub: LoopbackHub) -> N
 
 
 def test_what_the_hub_lacks_is_said(hub: LoopbackHub) -> None:
-    with pytest.raises(FileNotFoundError, match="neither a local path nor a public model"):
+    with pytest.raises(FileNotFoundError, match="no local path and no public model"):
         GPT.from_pretrained("tiny/none")
     with pytest.raises(FileNotFoundError, match="tiny/gpt has no revision 'v9'"):
         GPT.from_pretrained("tiny/gpt", revision="v9")

@@ -14,7 +14,7 @@ from pygpt.errors import DataError, UsageError
 from pygpt.tokenizer import Tokenizer
 from pygpt.tokenizer.formats import holds_vocabulary
 from pygpt.weights import gguf, hub, huggingface, llmc, openai, pickled
-from pygpt.weights.files import refuse_stand_ins, write_bytes
+from pygpt.weights.files import read_bytes, refuse_stand_ins, write_bytes
 from pygpt.weights.layout import DTYPES, Checkpoint
 
 # What lies beside a model's weights and goes along with them as it is.
@@ -87,7 +87,7 @@ def convert(
     if target.is_file() and not to_gguf:
         raise UsageError(f"{target} is a file; give a folder, or a name that ends in .gguf")
     kind = dtype or ("f32" if to_gguf else _dtypes(checkpoint))
-    beside = {name: (folder / name).read_bytes() for name in _BESIDE if (folder / name).is_file()}
+    beside = {name: read_bytes(folder / name) for name in _BESIDE if (folder / name).is_file()}
     has_tokenizer, tokenizer = holds_vocabulary(folder), None
     if has_tokenizer and (to_gguf or "tokenizer.json" not in beside):
         tokenizer = _fitting(Tokenizer.from_file(folder), config)

@@ -21,11 +21,16 @@ _CODES = {dtype: name.upper() for name, dtype in DTYPES.items()}
 _CHECKSUMS = "tensors_crc32c"
 
 
+def read_bytes(path: Path) -> bytes:
+    """A small file."""
+    refuse_stand_ins(path)
+    return path.read_bytes()
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """An object from a JSON file."""
-    refuse_stand_ins(path)
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = json.loads(read_bytes(path))
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not JSON: {error}") from None
     if not isinstance(raw, dict):
@@ -68,9 +73,11 @@ def read_safetensors(*paths: Path) -> tuple[dict[str, Tensor], list[Check]]:
         except (SafetensorError, OSError) as error:
             raise DataError(f"{path} is not a whole safetensors file: {error}") from None
         names, sums = file.offset_keys(), (file.metadata() or {}).get(_CHECKSUMS, "").split()
+        if len(sums) not in (0, len(names)):
+            raise DataError(f"{path} has {len(sums)} checksums for {len(names)} tensors")
         tensors |= {name: aligned(file.get_tensor(name)) for name in names}
         with blaming(path):
-            for name, checksum in zip(names, sums, strict=bool(sums)):
+            for name, checksum in zip(names, sums, strict=False):
                 checks.append((path, name, tensors[name], int(checksum, 16)))
     return tensors, checks
 

@@ -59,8 +59,8 @@ def write(path: Path, checkpoint: Checkpoint, kind: str, tokenizer: Tokenizer | 
     for name, (tensor, stored) in tensors.items():
         ggml_type, _, per_block, size = TYPES[stored]
         dims = tensor.shape[::-1]  # ggml counts from the innermost dimension
-        head.append(_string(name) + struct.pack(f"<I{len(dims)}Q", len(dims), *dims))
-        head.append(struct.pack("<IQ", ggml_type, offset))
+        place = struct.pack(f"<I{len(dims)}QIQ", len(dims), *dims, ggml_type, offset)
+        head.append(_string(name) + place)
         size *= tensor.numel() // per_block
         offset += size + -size % _ALIGNMENT
     with replacing(path) as file:
@@ -119,13 +119,12 @@ def _tokenizer_values(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
     for table, kind in ((raw["model"]["vocab"], _NORMAL), (special, _CONTROL)):
         for token, number in table.items():
             tokens[number], types[number] = token, kind
-    end = special.get(EOT)
-    ends = {f"tokenizer.ggml.{which}_token_id": end for which in ("bos", "eos") if end is not None}
+    ends = [f"tokenizer.ggml.{which}_token_id" for which in ("bos", "eos") if EOT in special]
     return {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": "gpt-2",
         "tokenizer.ggml.tokens": tokens,
         "tokenizer.ggml.token_type": types,
         "tokenizer.ggml.merges": [" ".join(pair) for pair in raw["model"]["merges"]] or [""],
-        **ends,
+        **dict.fromkeys(ends, special.get(EOT)),
     }

@@ -75,7 +75,7 @@ def _fetch(name: str, revision: str | None, offline: bool, filename: str) -> Pat
         raise FileNotFoundError(f"{name} has no revision {revision!r} on the hub") from error
     except errors.RepositoryNotFoundError as error:
         raise FileNotFoundError(
-            f"{name} is neither a local path nor a public model on the hub"
+            f"{name} is no local path and no public model on the hub"
         ) from error
     except Exception as error:  # of whatever transport huggingface_hub uses
         raise ResourceError(f"{name}: {filename} could not be downloaded: {error}") from error
@@ -86,7 +86,6 @@ def _fetch(name: str, revision: str | None, offline: bool, filename: str) -> Pat
         if found != blob.name:
             blob.unlink()
             raise DataError(
-                f"{name}: {filename} has sha256 {found}, the hub says {blob.name}; "
-                f"the file was removed, download it again"
+                f"{name}: {filename} has sha256 {found}, the hub says {blob.name}; try again"
             )
     return path

@@ -18,15 +18,15 @@ from pygpt.weights.files import read_json, read_safetensors, write_json, write_s
 from pygpt.weights.layout import Checkpoint, Table, adopt, blaming, export
 
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
-HEAD = "head.safetensors"  # of a classifier of ours
+HEAD, LABELS = "head.safetensors", "labels.json"  # of a classifier
 
 TABLE = Table(
     "tok_emb=wte pos_emb=wpe blocks=h norm1=ln_1 att.qkv=attn.c_attn att.out=attn.c_proj "
-    "norm2=ln_2 ff.up=mlp.c_fc ff.down=mlp.c_proj final_norm=ln_f out_head=lm_head",
+    "norm2=ln_2 ff.up=mlp.c_fc ff.down=mlp.c_proj final_norm=ln_f out_head=lm_head "
+    "transformer.lm_head=lm_head",  # which alone has no prefix when it is written
+    ignore=r"h\.\d+\.attn\.(bias|masked_bias)",  # buffers that old versions saved
     transposed=True,  # Conv1D's
 )
-# Buffers that old versions of transformers saved.
-_MASKS = r"h\.\d+\.attn\.(bias|masked_bias)"
 
 # Our keys of a configuration and theirs, and what theirs are where config.json is silent.
 _KEYS = {
@@ -44,17 +44,14 @@ _DEFAULTS = {"resid_pdrop": 0.1, "tie_word_embeddings": True, "initializer_range
 
 def read(folder: Path, weights: Path | None = None) -> Checkpoint:
     """The model in `folder`, or in the safetensors file `weights` beside its config.json."""
-    if weights is None and not (folder / WEIGHTS).is_file() and (folder / INDEX).is_file():
+    files = [weights or folder / WEIGHTS]
+    if not files[0].is_file() and (folder / INDEX).is_file():
         files = [folder / shard for shard in shards_of(folder / INDEX)]
-    else:
-        files = [weights or folder / WEIGHTS]
     source, checks = read_safetensors(*files)
-    head = folder / HEAD
-    return replace(
-        adopt_beside(source, weights or folder, "Hugging Face"),
-        checks=checks,
-        classifier=read_safetensors(head)[0] if head.is_file() else None,
-    )
+    checkpoint = replace(adopt_beside(source, weights or folder, "Hugging Face"), checks=checks)
+    if not ((folder / LABELS).is_file() and (folder / HEAD).is_file()):
+        return checkpoint
+    return checkpoint.classifying(read_safetensors(folder / HEAD)[0])
 
 
 def shards_of(index: Path) -> list[str]:
@@ -74,8 +71,9 @@ def adopt_beside(source: Mapping[str, Tensor], path: Path, format: str) -> Check
     raw = read_json(beside)
     config = config_from_json(raw, beside)
     tensors = {name.removeprefix("transformer."): tensor for name, tensor in source.items()}
-    checkpoint = adopt(TABLE, tensors, config, path, format, ignore=_MASKS)
-    return replace(checkpoint, eos_id=raw.get("eos_token_id"))
+    if len(tensors) < len(source):
+        raise DataError(f"{path}: a tensor is there twice, with and without `transformer.`")
+    return replace(adopt(TABLE, tensors, config, path, format), eos_id=raw.get("eos_token_id"))
 
 
 def config_from_json(raw: Mapping[str, Any], path: Path) -> GPTConfig:
@@ -115,10 +113,7 @@ def write(
     Under "pygpt" config.json holds what transformers has no key for.
     """
     config, eos_id = checkpoint.config, checkpoint.eos_id
-    tensors = {
-        name if name == "lm_head.weight" else f"transformer.{name}": tensor
-        for name, tensor in export(TABLE, checkpoint).items()
-    }
+    tensors = export(replace(TABLE, prefix="transformer."), checkpoint)
     stored = dtype or tensors["transformer.wte.weight"].dtype
     folder.mkdir(parents=True, exist_ok=True)
     if tokenizer is not None:
@@ -142,7 +137,7 @@ def write(
     if checkpoint.classifier is not None:
         write_safetensors(folder / HEAD, checkpoint.classifier)
         labels = [str(n) for n in range(len(checkpoint.classifier["bias"]))]
-        write_json(folder / "labels.json", labels)
+        write_json(folder / LABELS, labels)
 
 
 def _write_tokenizer(folder: Path, tokenizer: Tokenizer, context_length: int) -> int | None:

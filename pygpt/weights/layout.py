@@ -47,13 +47,18 @@ class Checkpoint:
         """Where the configuration and tokenizer lie."""
         return self.path if self.path.is_dir() else self.path.parent
 
+    def classifying(self, head: Mapping[str, Tensor]) -> Checkpoint:
+        """The same with a classification head, whose shape is checked."""
+        with blaming(self.path):
+            if head["weight"].shape != (*head["bias"].shape, self.config.emb_dim):
+                raise ValueError("the classification head does not fit the model")
+        return replace(self, classifier=head)
+
     def verified(self) -> Mapping[str, Tensor]:
         """The tensors; DataError names the first that is not what was saved."""
         for path, name, tensor, checksum in self.checks:
             if crc32c(tensor) != checksum:
-                raise DataError(
-                    f"{path} is damaged: {name} is not what was saved (its CRC differs)"
-                )
+                raise DataError(f"{path} is damaged: {name} is not what was saved (CRC differs)")
         return self.tensors
 
     def load(
@@ -104,10 +109,13 @@ class Table:
     """How a format calls what we call otherwise: `ours=theirs`, replaced in this order.
 
     A `*` in a name of theirs stands for each of `stacked`, which by rows make up our one tensor.
-    `transposed`: the weights of linear layers are stored (in, out).
+    `transposed`: the weights of linear layers are stored (in, out). What the pattern `ignore`
+    matches whole may be left over.
     """
 
     renames: str
+    prefix: str = ""
+    ignore: str = "$^"
     stacked: tuple[str, ...] = ()
     transposed: bool = False
 
@@ -116,7 +124,7 @@ class Table:
         pairs = [rename.split("=") for rename in self.renames.split()]
         result = {}
         for ours in shapes(replace(config, qkv_bias=True, tie_weights=False)):
-            theirs = ours
+            theirs = self.prefix + ours
             for before, after in pairs:
                 theirs = theirs.replace(before, after)
             several = [theirs.replace("*", part) for part in self.stacked]
@@ -140,19 +148,12 @@ def blaming(path: Path) -> Iterator[None]:
 
 
 def adopt(
-    table: Table,
-    source: Mapping[str, Tensor],
-    config: GPTConfig,
-    path: Path,
-    format: str,
-    *,
-    ignore: str = "$^",
+    table: Table, source: Mapping[str, Tensor], config: GPTConfig, path: Path, format: str
 ) -> Checkpoint:
     """The model whose tensors are in `source`, under our names.
 
-    What is stored settles whether a head is tied and whether qkv have biases. Names that match the
-    pattern `ignore` whole may be left over. Everything that is missing, left over, of another shape
-    or no floating-point number is named in one DataError.
+    What is stored settles whether a head is tied and whether qkv have biases. Everything that is
+    missing, left over, of another shape or no floating-point number is named in one DataError.
     """
     if config.n_layers > len(source):  # before a damaged number makes a giant table
         raise DataError(f"{path}: {len(source)} tensors cannot hold {config.n_layers} layers")
@@ -165,7 +166,7 @@ def adopt(
     known = {name for theirs in names.values() for name in theirs}
     problems = {
         "missing": [name for name in expected if name not in source],
-        "unexpected": [n for n in source if n not in known and not re.fullmatch(ignore, n)],
+        "unexpected": [n for n in source if n not in known and not re.fullmatch(table.ignore, n)],
         "misshaped": [
             f"{name} is {wrong}"
             for name, shape in expected.items()

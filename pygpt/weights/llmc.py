@@ -21,15 +21,12 @@ _HEADER = 1024
 def read(path: Path) -> Checkpoint:
     """The model in an llm.c checkpoint; its padded vocabulary is cut back to the real one."""
     content = map_file(path)
-    if len(content) < _HEADER:
-        raise DataError(f"{path} ends within its header")
-    _, version, context, vocab, layers, heads, width, padded = (
-        content[:32].view(torch.int32).tolist()
-    )
-    if not 1 <= version <= 5:
-        raise DataError(f"{path}: unknown version {version} of llm.c's format")
-    padded = padded or vocab  # versions 1 and 2 had no padding
     with blaming(path):
+        header = content[4:32].view(torch.int32).tolist()
+        version, context, vocab, layers, heads, width, padded = header
+        if not 1 <= version <= 5:
+            raise ValueError(f"unknown version {version} of llm.c's format")
+        padded = padded or vocab  # versions 1 and 2 had no padding
         config = GPTConfig(
             vocab, context, width, heads, layers, drop_rate=0.0, qkv_bias=True, tie_weights=True
         )

@@ -15,6 +15,8 @@ from pygpt.weights.tensorflow_bundle import read_bundle
 TABLE = Table(
     "tok_emb.weight=tok_emb pos_emb.weight=pos_emb norm1.weight=norm1.g norm2.weight=norm2.g "
     f"final_norm.weight=final_norm.g weight=w bias=b blocks.=h {huggingface.TABLE.renames} .=/",
+    prefix="model/",
+    ignore=".*(Adam|global_step|_power).*",
     transposed=True,
 )
 
@@ -27,12 +29,7 @@ def read(folder: Path) -> Checkpoint:
     indices = sorted(folder.glob("*.index"))
     if len(indices) != 1:
         raise DataError(f"{folder} has {len(indices)} checkpoints (*.index), expected one")
-    tensors, checks = read_bundle(indices[0])
+    source, checks = read_bundle(indices[0])
     # Their matrices are kernels of a convolution of width 1: (1, in, out).
-    source = {
-        name.removeprefix("model/"): tensor[0] if tensor.dim() == 3 else tensor
-        for name, tensor in tensors.items()
-    }
-    ignore = ".*(Adam|global_step|_power).*"
-    checkpoint = adopt(TABLE, source, config, folder, "OpenAI (TensorFlow)", ignore=ignore)
-    return replace(checkpoint, checks=checks)
+    source = {name: t.squeeze(0) if t.dim() == 3 else t for name, t in source.items()}
+    return replace(adopt(TABLE, source, config, folder, "OpenAI (TensorFlow)"), checks=checks)

@@ -6,6 +6,7 @@ pytorch_model.bin of transformers; which one, its names and shapes tell.
 
 from __future__ import annotations
 
+import math
 import re
 import zipfile
 from collections.abc import Mapping
@@ -26,13 +27,12 @@ BOOK = Table(
     "norm1.weight=norm1.scale norm1.bias=norm1.shift norm2.weight=norm2.scale "
     "norm2.bias=norm2.shift final_norm.weight=final_norm.scale final_norm.bias=final_norm.shift "
     "blocks=trf_blocks att.qkv=att.W_* att.out=att.out_proj ff.up=ff.layers.0 ff.down=ff.layers.2",
+    ignore=r"trf_blocks\.\d+\.att\.mask",
     stacked=("query", "key", "value"),
 )
-_BOOK_MASKS = r"trf_blocks\.\d+\.att\.mask"
 
 # nanoGPT and minGPT call everything as Hugging Face does, in nn.Linear's orientation.
 LINEAR = replace(huggingface.TABLE, transposed=False)
-_LINEAR_MASKS = r"h\.\d+\.attn\.bias"
 
 
 def recognises(head: bytes) -> bool:
@@ -54,12 +54,10 @@ def read(path: Path, *, n_heads: int | None, lora_scale: float | None) -> Checkp
         for name, tensor in state.items()
         if isinstance(name, str) and isinstance(tensor, Tensor)
     }
-    for name, tensor in tensors.items():  # a bomb: small in the file, and vast
-        if tensor.nbytes > tensor.untyped_storage().nbytes():
-            raise DataError(
-                f"{path}: {name} claims the shape {tuple(tensor.shape)}, with less data"
-            )
     with blaming(path):
+        for name, tensor in tensors.items():  # a bomb: small in the file, and vast
+            if tensor.is_meta or tensor.nbytes > tensor.untyped_storage().nbytes():
+                raise DataError(f"{path}: {name} of shape {tuple(tensor.shape)} has not the data")
         if any(name.startswith("trf_blocks.") for name in tensors):
             return _read_book(path, _merge_lora(tensors, lora_scale), n_heads)
         attention = tensors.get("h.0.attn.c_attn.weight")
@@ -94,39 +92,33 @@ def _config(
     path: Path, names: list[str], tensors: Mapping[str, Tensor], n_heads: int | None, **rest: Any
 ) -> GPTConfig:
     """A configuration with the sizes of two embeddings, and as many blocks as there are."""
-    sizes = [tensors[name].shape for name in names if name in tensors]
-    if [len(shape) for shape in sizes] != [2, 2]:
-        raise DataError(f"{path}: {' or '.join(names)} is missing, or is no matrix")
-    (vocab_size, emb_dim), (context_length, _) = sizes
+    (vocab_size, emb_dim), (context_length, _) = (tensors[name].shape for name in names)
     known = {size["emb_dim"]: size["n_heads"] for size in GPT2_SIZES.values()}
     if n_heads is None and emb_dim not in known:
         raise UsageError(f"{path} does not tell its number of attention heads; give n_heads")
-    blocks = {
-        found[1] for name in tensors if (found := re.match(r"(?:trf_blocks|h)\.(\d+)\.", name))
-    }
-    n_heads = n_heads or known[emb_dim]
+    blocks = {found[0] for name in tensors if (found := re.match(r"(trf_blocks|h)\.\d+\.", name))}
+    n_heads = known[emb_dim] if n_heads is None else n_heads
     return GPTConfig(vocab_size, context_length, emb_dim, n_heads, len(blocks), **rest)
 
 
-def _read_book(path: Path, tensors: Mapping[str, Tensor], n_heads: int | None) -> Checkpoint:
-    classifier = None
-    if "out_head.bias" in tensors and "out_head.weight" in tensors:  # classes in place of words
-        classifier = {name: tensors[f"out_head.{name}"] for name in ("weight", "bias")}
-        tensors = {n: t for n, t in tensors.items() if not n.startswith("out_head.")}
-    biased, tied = "trf_blocks.0.att.W_query.bias" in tensors, classifier is not None
+def _read_book(path: Path, tensors: dict[str, Tensor], n_heads: int | None) -> Checkpoint:
+    classifies = "out_head.bias" in tensors  # classes in place of words
+    biased = "trf_blocks.0.att.W_query.bias" in tensors
     names = ["tok_emb.weight", "pos_emb.weight"]
-    config = _config(path, names, tensors, n_heads, qkv_bias=biased, tie_weights=tied)
-    checkpoint = adopt(BOOK, tensors, config, path, "state dict of the book", ignore=_BOOK_MASKS)
-    return replace(checkpoint, classifier=classifier)
+    config = _config(path, names, tensors, n_heads, qkv_bias=biased, tie_weights=classifies)
+    if not classifies:
+        return adopt(BOOK, tensors, config, path, "state dict of the book")
+    head = {name: tensors.pop(f"out_head.{name}") for name in ("weight", "bias")}
+    return adopt(BOOK, tensors, config, path, "state dict of the book").classifying(head)
 
 
-def _merge_lora(tensors: Mapping[str, Tensor], scale: float | None) -> Mapping[str, Tensor]:
+def _merge_lora(tensors: Mapping[str, Tensor], scale: float | None) -> dict[str, Tensor]:
     """Fold `linear.weight + scale (A B)^T` of the book's LinearWithLoRA into one weight."""
     merged = {}
     for name, tensor in tensors.items():
         base, inner, kind = name.rpartition(".linear.")
         if kind == "weight" and f"{base}.lora.A" in tensors:
-            if scale is None:
+            if scale is None or not math.isfinite(scale):
                 raise UsageError(
                     f"the state dict has LoRA matrices ({base}.lora.A) but not their scale; "
                     f"give lora_scale (the book's alpha, 16)"
@@ -157,5 +149,4 @@ def _read_linear(
         for ours, shape in shapes(config).items():
             if ours.endswith("bias"):
                 tensors.setdefault(names[ours][0], torch.zeros(shape, dtype=dtype))
-    name = "nanoGPT" if nano else "minGPT"
-    return adopt(LINEAR, tensors, config, path, name, ignore=_LINEAR_MASKS)
+    return adopt(LINEAR, tensors, config, path, "nanoGPT" if nano else "minGPT")

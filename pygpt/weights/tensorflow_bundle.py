@@ -11,6 +11,7 @@ import math
 import struct
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,34 +26,30 @@ _DTYPES = {1: torch.float32, 19: torch.float16}  # DataType's numbers
 
 
 def read_bundle(index: Path) -> tuple[dict[str, Tensor], list[Check]]:
-    """The tensors of the TensorFlow checkpoint whose index is given, mapped, and their checks."""
-    tensors: dict[str, Tensor] = {}
-    checks: list[Check] = []
+    """The tensors of the TensorFlow checkpoint with an index, mapped, and their checksums."""
+    tensors, checks = dict[str, Tensor](), list[Check]()
     n_shards = 1
     with blaming(index):
-        for key, value in _table(index.read_bytes()):
+        for key, value in _table(map_file(index)):
             fields = dict(_message(value))
             if not key:
-                n_shards = int(fields.get(1, 1))
-                if fields.get(2, 0):
+                n_shards = fields.get(1, 1)
+                if fields.get(2):
                     raise ValueError("big-endian data")
                 continue
-            name, dtype = key.decode(), _DTYPES.get(int(fields.get(1, 0)))
+            name, dtype = key.decode(), _DTYPES.get(fields.get(1, 0))
             if dtype is None:
                 continue  # a counter or a string, which no model has use for
-            shape = tuple(
-                int(dict(_message(dim)).get(1, 0))
-                for number, dim in _message(fields.get(2, b""))
-                if number == 2
-            )
-            start, size = int(fields.get(4, 0)), int(fields.get(5, 0))
+            dims = [dict(_message(dim)) for number, dim in _message(fields[2]) if number == 2]
+            shape = tuple(dim.get(1, 0) for dim in dims)
+            start, size = fields.get(4, 0), fields.get(5, 0)
             if size != math.prod(shape) * dtype.itemsize:
                 raise ValueError(f"{name} has {size} bytes for shape {shape}")
-            path = index.with_suffix(f".data-{int(fields.get(3, 0)):05}-of-{n_shards:05}")
+            path = index.with_suffix(f".data-{fields.get(3, 0):05}-of-{n_shards:05}")
             data = map_file(path)[start : start + size]
             if len(data) < size:
                 raise DataError(f"{path} ends within {name}")
-            checks.append((path, name, data, _unmask(int(fields.get(6, 0)))))
+            checks.append((path, name, data, _unmask(fields.get(6, 0))))
             tensors[name] = aligned(data).view(dtype).view(shape)
     return tensors, checks
 
@@ -60,9 +57,9 @@ def read_bundle(index: Path) -> tuple[dict[str, Tensor], list[Check]]:
 # --- the table -----------------------------------------------------------------------------------
 
 
-def _table(data: bytes) -> Iterator[tuple[bytes, bytes]]:
+def _table(data: Tensor) -> Iterator[tuple[bytes, bytes]]:
     """Every (key, value) of a LevelDB table: footer -> index block -> data blocks."""
-    footer = data[-48:]
+    footer = data[-48:].numpy().tobytes()
     if len(footer) < 48 or struct.unpack("<Q", footer[40:])[0] != _TABLE_MAGIC:
         raise ValueError("no table magic at the end")
     _, _, start, size, _ = _varints(footer, 0, 4)  # first two: the meta index, which is empty
@@ -71,16 +68,16 @@ def _table(data: bytes) -> Iterator[tuple[bytes, bytes]]:
         yield from _block(data, start, size)
 
 
-def _block(data: bytes, start: int, size: int) -> Iterator[tuple[bytes, bytes]]:
+def _block(data: Tensor, start: int, size: int) -> Iterator[tuple[bytes, bytes]]:
     """Entries that share a prefix of their key with the one before, then restart points."""
-    block, trailer = data[start : start + size], data[start + size : start + size + 5]
-    kind, crc = struct.unpack("<BI", trailer)
-    covered = torch.frombuffer(bytearray(block + trailer[:1]), dtype=torch.uint8)
+    covered = data[start : start + size + 1]
+    kind, crc = struct.unpack("<BI", data[start + size : start + size + 5].numpy().tobytes())
     if crc32c(covered) != _unmask(crc):
         raise ValueError("a block is damaged (its CRC-32C differs)")
     if kind:
         raise ValueError("the index is compressed")
-    end = len(block) - 4 * (1 + struct.unpack("<I", block[-4:])[0])
+    block = covered[:-1].numpy().tobytes()
+    end = size - 4 * (1 + struct.unpack("<I", block[-4:])[0])
     at, key = 0, b""
     while at < end:
         shared, rest, length, at = _varints(block, at, 3)
@@ -94,32 +91,31 @@ def _varints(data: bytes, at: int, count: int) -> list[int]:
     """So many integers of seven bits a byte, and where they end."""
     values = []
     for _ in range(count):
-        value = shift = 0
+        start = at
         while data[at] >= 0x80:
-            value, shift, at = value | (data[at] & 0x7F) << shift, shift + 7, at + 1
-        values.append(value | data[at] << shift)
+            at += 1
+        if at - start > 9:
+            raise ValueError("a number of more than 64 bits")
         at += 1
+        values.append(sum((data[i] & 0x7F) << 7 * (i - start) for i in range(start, at)))
     return [*values, at]
 
 
-def _message(data: object) -> Iterator[tuple[int, int | bytes]]:
-    """The (field number, value) pairs of a protocol buffer message."""
-    if not isinstance(data, bytes):
-        raise ValueError("a message was expected")
+def _message(data: bytes) -> Iterator[tuple[int, Any]]:
+    """The (field number, value) pairs of a protocol buffer message: integers, or bytes."""
     at = 0
     while at < len(data):
         tag, at = _varints(data, at, 1)
-        value: int | bytes
-        if tag & 7 == 0:
+        number, wire_type = tag >> 3, tag & 7
+        if wire_type == 5:
+            yield number, struct.unpack_from("<I", data, at)[0]
+            at += 4
+        elif wire_type in (0, 2):
             value, at = _varints(data, at, 1)
-        elif tag & 7 == 2:
-            size, at = _varints(data, at, 1)
-            value, at = data[at : at + size], at + size
-        elif tag & 7 == 5:
-            value, at = struct.unpack_from("<I", data, at)[0], at + 4
+            yield number, value if wire_type == 0 else data[at : at + value]
+            at += value if wire_type == 2 else 0
         else:
-            raise ValueError(f"unknown wire type {tag & 7}")
-        yield tag >> 3, value
+            raise ValueError(f"unknown wire type {wire_type}")
 
 
 def _unmask(stored: int) -> int:
