@@ -6,6 +6,7 @@ import itertools
 import json
 import re
 import shutil
+import signal
 import struct
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pygpt import GPT, GPTConfig, PygptError, Tokenizer, generate
+from pygpt.cli import main
 from pygpt.ops.native import crc32c
 from pygpt.weights import convert, describe, read
 from pygpt.weights.tensorflow_bundle import read_bundle
@@ -678,6 +680,25 @@ def test_convert_says_what_it_did_and_takes_the_tokenizer_along(tmp_path: Path) 
     (tmp_path / "file").touch()
     with pytest.raises(PygptError, match="file is a file; give a folder, or a name that ends in"):
         convert(tmp_path / "in", tmp_path / "file")
+
+
+def test_a_conversion_that_is_terminated_leaves_no_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    random_gpt().save_pretrained(tmp_path / "in")
+    before = signal.getsignal(signal.SIGTERM)
+
+    def terminate(*_: object) -> None:
+        assert [*tmp_path.glob("out/*.part")]
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr("pygpt.weights.files.to_bytes", terminate)
+    try:
+        with pytest.raises(SystemExit, match="143"):
+            main(["convert", str(tmp_path / "in"), str(tmp_path / "out")])
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert not [*tmp_path.glob("out/*")]
 
 
 def test_describe_tells_size_and_memory(tmp_path: Path) -> None:

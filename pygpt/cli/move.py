@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json as json_module
+import signal
+import sys
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,6 +38,7 @@ def convert(
         n_heads: Attention heads, where the source does not say.
         lora_scale: alpha / rank of a checkpoint with LoRA, where the source does not say.
     """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # which removes what is half written
     print(weights.convert(source, target, dtype=dtype, n_heads=n_heads, lora_scale=lora_scale))
     return 0
 

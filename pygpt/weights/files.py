@@ -144,4 +144,5 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     except OSError as error:
         raise ResourceError(f"{path} could not be written: {error.strerror}") from error
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink()
