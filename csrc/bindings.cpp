@@ -224,6 +224,54 @@ void bind_gelu(py::module_& m) {
   });
 }
 
+void bind_add_norm(py::module_& m) {
+  m.def("add_norm",
+        [](int dtype, int64_t rows, int64_t width, uintptr_t x, uintptr_t branch, uintptr_t weight,
+           uintptr_t bias, double eps, uintptr_t sum, uintptr_t normed, uintptr_t moments) {
+          if (!rows || !width) return;
+          if (!x || !branch || !weight || !bias || !sum || !normed || !moments) {
+            throw std::invalid_argument("add_norm was given a tensor without memory");
+          }
+          AddNormArgs a{};
+          a.dtype = static_cast<DType>(dtype);
+          a.rows = rows;
+          a.width = width;
+          a.x = pointer<float>(x);
+          a.branch = pointer<void>(branch);
+          a.weight = pointer<float>(weight);
+          a.bias = pointer<float>(bias);
+          a.eps = static_cast<float>(eps);
+          a.sum = pointer<float>(sum);
+          a.normed = pointer<void>(normed);
+          a.moments = pointer<float>(moments);
+          const py::gil_scoped_release release;
+          cpu_kernels().add_norm(a);
+        });
+  m.def("add_norm_backward",
+        [](int dtype, int64_t rows, int64_t width, uintptr_t sum, uintptr_t weight,
+           uintptr_t moments, uintptr_t dnormed, uintptr_t dsum, uintptr_t dx, uintptr_t dbranch,
+           uintptr_t dweight, uintptr_t dbias) {
+          if (!sum || !weight || !moments || !dnormed || !dx || !dweight || !dbias) {
+            throw std::invalid_argument("add_norm_backward was given a tensor without memory");
+          }
+          AddNormArgs a{};
+          a.dtype = static_cast<DType>(dtype);
+          a.rows = rows;
+          a.width = width;
+          a.weight = pointer<float>(weight);
+          a.sum = pointer<float>(sum);
+          a.moments = pointer<float>(moments);
+          a.dnormed = pointer<void>(dnormed);
+          a.dsum = pointer<float>(dsum);
+          a.dx = pointer<float>(dx);
+          a.dbranch = pointer<void>(dbranch);
+          a.dweight = pointer<float>(dweight);
+          a.dbias = pointer<float>(dbias);
+          const py::gil_scoped_release release;
+          cpu_kernels().add_norm(a);
+        });
+}
+
 void bind_crc32c(py::module_& m) {
   m.def("crc32c", [](uintptr_t data, int64_t size) {
     if (size && !data) throw std::invalid_argument("crc32c was given a tensor without memory");
@@ -262,5 +310,6 @@ PYBIND11_MODULE(_native, m) {
   bind_cross_entropy(m);
   bind_gemm(m);
   bind_gelu(m);
+  bind_add_norm(m);
   bind_crc32c(m);
 }

@@ -123,6 +123,33 @@ def gemm(
     arg15: bool,
 ) -> None: ...
 def gelu(arg0: int, arg1: int, arg2: int, arg3: int, arg4: int) -> None: ...
+def add_norm(
+    arg0: int,
+    arg1: int,
+    arg2: int,
+    arg3: int,
+    arg4: int,
+    arg5: int,
+    arg6: int,
+    arg7: float,
+    arg8: int,
+    arg9: int,
+    arg10: int,
+) -> None: ...
+def add_norm_backward(
+    arg0: int,
+    arg1: int,
+    arg2: int,
+    arg3: int,
+    arg4: int,
+    arg5: int,
+    arg6: int,
+    arg7: int,
+    arg8: int,
+    arg9: int,
+    arg10: int,
+    arg11: int,
+) -> None: ...
 def crc32c(arg0: int, arg1: int) -> int: ...
 def count_targets(arg0: int, arg1: int, arg2: int, arg3: int) -> int: ...
 def cross_entropy(

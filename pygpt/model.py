@@ -110,7 +110,7 @@ class MultiHeadAttention(nn.Module):
     def forward(
         self, x: Tensor, cache: KVCache | None = None, document_ids: Tensor | None = None
     ) -> Tensor:  # (B, T, C) -> (B, T, C)
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.n_heads, -1)).unbind(2)  # (B, T, H, D) each
+        q, k, v = ops.unbind_heads(self.qkv(x), self.n_heads)  # (B, T, H, D) each
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
         out = ops.causal_attention(
@@ -139,22 +139,39 @@ class FeedForward(nn.Module):
         return self.down(self.gelu(self.up(x)))  # type: ignore[no-any-return]
 
 
+class AddNorm(nn.LayerNorm):
+    """The stream with a branch's result added, and the normed copy that the next branch reads."""
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, branch: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        if branch is None:
+            return x, super().forward(x)
+        return ops.add_norm(x, branch, self.weight, self.bias, self.eps)
+
+
 class Block(nn.Module):
     """Attention, then feed-forward; each reads a normed copy of the stream and adds to it."""
 
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(config.emb_dim)
+        self.norm1 = AddNorm(config.emb_dim)
         self.att = MultiHeadAttention(config, layer)
-        self.norm2 = nn.LayerNorm(config.emb_dim)
+        self.norm2 = AddNorm(config.emb_dim)
         self.ff = FeedForward(config)
         self.drop = nn.Dropout(config.drop_rate)
 
     def forward(
-        self, x: Tensor, cache: KVCache | None = None, document_ids: Tensor | None = None
-    ) -> Tensor:  # (B, T, C) -> (B, T, C)
-        x = x + self.drop(self.att(self.norm1(x), cache, document_ids))
-        return x + self.drop(self.ff(self.norm2(x)))  # type: ignore[no-any-return]
+        self,
+        x: Tensor,
+        branch: Tensor | None,
+        cache: KVCache | None = None,
+        document_ids: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The stream and what is still to be added to it, (B, T, C) each, before and after."""
+        x, normed = self.norm1(x, branch)
+        x, normed = self.norm2(x, self.drop(self.att(normed, cache, document_ids)))
+        return x, self.drop(self.ff(normed))
 
 
 class GPT(nn.Module):
@@ -174,7 +191,7 @@ class GPT(nn.Module):
         self.pos_emb = nn.Embedding(config.context_length, config.emb_dim)
         self.drop_emb = nn.Dropout(config.drop_rate)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
-        self.final_norm = nn.LayerNorm(config.emb_dim)
+        self.final_norm = AddNorm(config.emb_dim)
         self.out_head: nn.Linear | None = None
         if not config.tie_weights:
             self.out_head = nn.Linear(config.emb_dim, config.vocab_size, bias=False)
@@ -227,10 +244,10 @@ class GPT(nn.Module):
             if document_ids is not None:
                 begins = document_ids.diff(prepend=document_ids[:, :1]) != 0
                 positions = positions - (begins * positions).cummax(1).values
-        x = self.drop_emb(x + self.pos_emb(positions))
+        x, branch = self.drop_emb(x + self.pos_emb(positions)), None
         for block in self.blocks:
-            x = block(x, cache, document_ids)
-        return self.final_norm(x)  # type: ignore[no-any-return]
+            x, branch = block(x, branch, cache, document_ids)
+        return self.final_norm(x, branch)[1]  # type: ignore[no-any-return]
 
     def forward(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
         """Next-token logits of every position: (B, T) -> (B, T, V). Arguments as in `hidden`."""

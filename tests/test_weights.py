@@ -189,7 +189,8 @@ def test_every_gpt2_size_has_transformers_logits_and_gradients(tmp_path: Path, s
         if ours in dict(model.named_parameters()):
             other = gradients[name].T if huggingface.TABLE.turns(ours) else gradients[name]
             difference = (model.get_parameter(ours).grad - other).abs().max()
-            assert difference <= 2e-5 * largest, ours
+            # float32 itself is 2.9e-5 from float64 here at gpt2-xl, ours and theirs.
+            assert difference <= 6e-5 * largest, ours
 
 
 def test_200_greedy_tokens_are_those_of_transformers(tmp_path: Path) -> None:

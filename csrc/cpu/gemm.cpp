@@ -28,26 +28,6 @@ constexpr int64_t kTaskPanels = 8;         // of A: stays in a core's own cache
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// The first n numbers, then zeros.
-template <class D>
-PYGPT_INLINE F32 read_up_to(const typename D::Type* p, int64_t n) {
-  if (n >= kLanes) return D::read(p);
-  typename D::Type copy[kLanes] = {};
-  for (int i = 0; i < n; ++i) copy[i] = p[i];
-  return D::read(copy);
-}
-template <>
-PYGPT_INLINE F32 read_up_to<Float>(const float* p, int64_t n) {
-  return n >= kLanes ? load(p) : load_first(p, static_cast<int>(std::max<int64_t>(n, 0)));
-}
-template <class D>
-PYGPT_INLINE void write_up_to(typename D::Type* p, F32 x, int64_t n) {
-  if (n >= kLanes) return D::write(p, x);
-  typename D::Type copy[kLanes];
-  D::write(copy, x);
-  for (int i = 0; i < n; ++i) p[i] = copy[i];
-}
-
 // Words of one float32.
 struct Single {
   static constexpr int kSteps = 1;  // of k in a word

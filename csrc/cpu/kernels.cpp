@@ -13,6 +13,7 @@ void attention_backward(const AttentionArgs&);
 void gemm(const GemmArgs&);
 void byte_classes(const uint8_t* text, int64_t blocks, ByteClasses* out);
 void gelu(const GeluArgs&);
+void add_norm(const AddNormArgs&);
 uint32_t crc32c(const uint8_t* data, int64_t size);
 
 extern const CpuKernels kernels;
@@ -25,6 +26,7 @@ const CpuKernels kernels = {
     .gemm = gemm,
     .byte_classes = byte_classes,
     .gelu = gelu,
+    .add_norm = add_norm,
     .crc32c = crc32c,
 };
 

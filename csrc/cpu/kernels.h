@@ -95,6 +95,25 @@ struct GeluArgs {
   void* out;         // the output, or with `grad` the gradient of x
 };
 
+// sum = x + branch and normed = LayerNorm(sum), of (rows, width); branch and normed are of dtype.
+// With `dnormed` the gradients, to which sum and moments are inputs.
+struct AddNormArgs {
+  DType dtype;
+  int64_t rows, width;
+  const float* x;
+  const void* branch;
+  const float *weight, *bias;  // (width)
+  float eps;
+  float* sum;
+  void* normed;
+  float* moments;  // (rows, 2): the mean, and the inverse of the standard deviation
+  const void* dnormed;
+  const float* dsum;  // or null: none
+  float* dx;
+  void* dbranch;  // or null: not wanted
+  float *dweight, *dbias;
+};
+
 struct CpuKernels {
   const char* name;
   void (*sample)(const SampleArgs&);
@@ -104,6 +123,7 @@ struct CpuKernels {
   void (*gemm)(const GemmArgs&);
   void (*byte_classes)(const uint8_t* text, int64_t blocks, ByteClasses* out);
   void (*gelu)(const GeluArgs&);
+  void (*add_norm)(const AddNormArgs&);
   uint32_t (*crc32c)(const uint8_t* data, int64_t size);
 };
 

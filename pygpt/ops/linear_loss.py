@@ -58,7 +58,7 @@ def linear_cross_entropy(
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must be ({weight.shape[0]},), got shape {tuple(bias.shape)}")
     dtype = autocast_dtype(x)
-    if dtype == x.dtype and not weight.dtype == x.dtype:
+    if weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
         raise ValueError(f"x and weight must have one dtype, got {x.dtype} and {weight.dtype}")
     native = not why_no_kernel(x.device, dtype)
     auto = auto_takes("linear_cross_entropy", x.device)
