@@ -384,6 +384,15 @@ def test_a_failed_save_leaves_the_old_file(folder: Path, monkeypatch: pytest.Mon
     assert sorted(p.name for p in folder.iterdir()) == ["config.json", "model.safetensors"]
 
 
+def test_a_save_into_a_folder_that_cannot_be_written_says_so(folder: Path) -> None:
+    (folder / "config.json").unlink()
+    (folder / "config.json").mkdir()
+    (folder / "config.json/something").touch()
+    with pytest.raises(PygptError, match=r"config\.json could not be written: Is a directory"):
+        random_model(seed=1).save_pretrained(folder)
+    assert not [*folder.glob("*.part")]
+
+
 def test_what_breaks_off_while_saving_leaves_no_part(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -410,7 +419,7 @@ class LoopbackHub:
         self.folder = folder
         self.requests: list[str] = []
         self.lie = False  # name the weights by another hash than their own
-        self.cut = False  # end the next answer with weights half-way
+        self.cut = 0  # how many of the next answers with weights end half-way
         hub = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
@@ -456,7 +465,7 @@ class LoopbackHub:
         request.send_header("Content-Length", str(len(data) - start))
         request.end_headers()
         if body and large and self.cut:
-            self.cut = False
+            self.cut -= 1
             request.wfile.write(data[start : len(data) // 2])
             request.connection.shutdown(socket.SHUT_RDWR)
         elif body:
@@ -537,9 +546,19 @@ def test_what_the_hub_lacks_is_said(hub: LoopbackHub) -> None:
 
 
 def test_a_download_that_breaks_off_is_finished(hub: LoopbackHub) -> None:
-    hub.cut = True
+    hub.cut = 1
     assert_same(GPT.from_pretrained("tiny/gpt"), random_model())
     assert hub.requests.count("GET /tiny/gpt/resolve/main/model.safetensors") == 2
+
+
+def test_a_connection_that_always_breaks_is_a_resource_error(
+    hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    hub.cut = 99
+    with pytest.raises(PygptError, match=r"model\.safetensors could not be downloaded") as caught:
+        GPT.from_pretrained("tiny/gpt")
+    assert caught.value.exit_code == 5
 
 
 def test_a_download_with_another_hash_is_refused_and_removed(hub: LoopbackHub) -> None:

@@ -112,14 +112,12 @@ def save(
     tokenizer: Tokenizer | None = None,
 ) -> None:
     """Write a model (and its tokenizer) as a folder that transformers opens too."""
-    if tokenizer is not None:
-        _fitting(tokenizer, config)
     checkpoint = Checkpoint(Path(folder), "Hugging Face", config, tensors)
-    huggingface.write(Path(folder), checkpoint, tokenizer)
+    huggingface.write(Path(folder), checkpoint, _fitting(tokenizer, config))
 
 
-def _fitting(tokenizer: Tokenizer, config: GPTConfig) -> Tokenizer:
-    if tokenizer.n_vocab > config.vocab_size:
+def _fitting(tokenizer: Tokenizer | None, config: GPTConfig) -> Tokenizer | None:
+    if tokenizer is not None and tokenizer.n_vocab > config.vocab_size:
         raise UsageError(
             f"the tokenizer's {tokenizer.n_vocab} words do not fit the model's {config.vocab_size}"
         )

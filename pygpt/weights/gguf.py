@@ -110,9 +110,7 @@ def quantize_q8_0(weights: np.ndarray) -> bytes:
 def _tokenizer_values(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
     raw = tokenizer.to_hugging_face()
     if native_name(tokenizer._pat_str) != "gpt2" or raw["model"]["ignore_merges"]:
-        raise DataError(
-            f"{tokenizer.name}: llama.cpp splits text as GPT-2 does, this vocabulary otherwise"
-        )
+        raise DataError(f"{tokenizer.name}: llama.cpp splits text as GPT-2 does, not as this one")
     special = {token["content"]: token["id"] for token in raw["added_tokens"]}
     tokens = [f"[PAD{number}]" for number in range(vocab_size)]
     types = [_UNUSED] * vocab_size

@@ -48,10 +48,11 @@ def read(folder: Path, weights: Path | None = None) -> Checkpoint:
     if not files[0].is_file() and (folder / INDEX).is_file():
         files = [folder / shard for shard in shards_of(folder / INDEX)]
     source, checks = read_safetensors(*files)
-    checkpoint = replace(adopt_beside(source, weights or folder, "Hugging Face"), checks=checks)
-    if not ((folder / LABELS).is_file() and (folder / HEAD).is_file()):
-        return checkpoint
-    return checkpoint.classifying(read_safetensors(folder / HEAD)[0])
+    classifies = (folder / LABELS).is_file() and (folder / HEAD).is_file()
+    head, more = read_safetensors(*[folder / HEAD] if classifies else [])
+    checkpoint = adopt_beside(source, weights or folder, "Hugging Face")
+    checkpoint = replace(checkpoint, checks=[*checks, *more])
+    return checkpoint.classifying(head) if classifies else checkpoint
 
 
 def shards_of(index: Path) -> list[str]:

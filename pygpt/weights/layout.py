@@ -24,6 +24,7 @@ DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "f
 
 # What a tensor's bytes must sum up to (CRC-32C): file, name, tensor, sum.
 Check = tuple[Path, str, Tensor, int]
+Names = dict[str, list[str]]  # of one of our tensors: theirs, which stacked by rows are it
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ def shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
 class Table:
     """How a format calls what we call otherwise: `ours=theirs`, replaced in this order.
 
-    A `*` in a name of theirs stands for each of `stacked`, which by rows make up our one tensor.
+    A `*` in a name of theirs stands for each of `stacked`.
     `transposed`: the weights of linear layers are stored (in, out). What the pattern `ignore`
     matches whole may be left over.
     """
@@ -119,7 +120,7 @@ class Table:
     stacked: tuple[str, ...] = ()
     transposed: bool = False
 
-    def names(self, config: GPTConfig) -> dict[str, list[str]]:
+    def names(self, config: GPTConfig) -> Names:
         """Their names for every tensor that a model of this size can have."""
         pairs = [rename.split("=") for rename in self.renames.split()]
         result = {}
@@ -188,9 +189,7 @@ def adopt(
     return Checkpoint(path, format, config, tensors)
 
 
-def _settled(
-    names: Mapping[str, list[str]], source: Mapping[str, Tensor], config: GPTConfig
-) -> GPTConfig:
+def _settled(names: Names, source: Mapping[str, Tensor], config: GPTConfig) -> GPTConfig:
     """The configuration, but for a head that is not the embedding, and biases that are not zero."""
     (embedding,), (head,) = names["tok_emb.weight"], names["out_head.weight"]
     if config.tie_weights and head in source and embedding in source:

@@ -1,4 +1,4 @@
-"""PyTorch's pickled files, read with `weights_only` and only by `convert`.
+"""PyTorch's pickled files, read with `weights_only` and only by `convert` and `info`.
 
 They hold the book's state dicts (plain, or with its LoRA), nanoGPT's ckpt.pt, minGPT's model.pt, or
 pytorch_model.bin of transformers; which one, its names and shapes tell.
