@@ -120,22 +120,36 @@ inline Char next_char(const uint8_t* p, const uint8_t* end) {
 
 void PieceScanner::classify_unicode(size_t blocks) {
   const bool cased = pattern_ == Pattern::kO200k;
-  uint64_t spill[8] = {};  // of each class, bytes of a character that began in the block before
+  Char last{kOther, 0};  // what began in the block before, and its bytes in this one
+  uint64_t begun = 0;
   for (size_t i = 0; i < blocks; ++i) {
-    uint64_t here[8];
-    std::memcpy(here, spill, sizeof here);
-    std::memset(spill, 0, sizeof spill);
-    // Places in `here` and `spill` are data, not branches: classes cannot be foretold.
-    for (uint64_t high = classes_[i].high & ~continuation_[i]; high;) {
-      const int shift = std::countr_zero(high);
-      const Char c = next_char(base_ + 64 * i + shift, end_);
-      const uint64_t bytes = (uint64_t{1} << c.size) - 1;
-      here[c.cls] |= bytes << shift;
-      spill[c.cls] |= bytes >> 1 >> (63 - shift);
-      continuation_[i] |= (bytes - 1) << shift;
-      continuation_[i + 1] |= (bytes - 1) >> 1 >> (63 - shift);
-      high &= ~(bytes << shift);
+    const uint64_t high = classes_[i].high, trailing = classes_[i].trailing;
+    uint64_t here[8], last_bytes, last_shift;
+    // In well-formed text a character begins at every high byte that does not look like a later
+    // one: nothing has to wait for the sizes of those before it. If that was not so, once more.
+    for (const bool well_formed : {true, false}) {
+      std::memset(here, 0, sizeof here);
+      here[last.cls] = begun;
+      uint64_t later = begun;
+      Char c = last;
+      last_bytes = last_shift = 0;
+      for (uint64_t left = high & ~(well_formed ? trailing : begun); left;) {
+        const int shift = std::countr_zero(left);
+        c = next_char(base_ + 64 * i + shift, end_);
+        const uint64_t bytes = (uint64_t{1} << c.size) - 1;
+        here[c.cls] |= bytes << shift;  // data, not a branch: classes cannot be foretold
+        later |= (bytes - 1) << shift;
+        last_bytes = bytes;
+        last_shift = shift;
+        left &= well_formed ? left - 1 : ~(bytes << shift);
+      }
+      continuation_[i] = later;
+      if (later == trailing || !well_formed) {
+        last = c;
+        break;
+      }
     }
+    begun = last_bytes >> 1 >> (63 - last_shift);
     const uint64_t firsts = ~continuation_[i];
     letter_[i] |= here[kUpper] | here[kLower] | here[kCaseless];
     numeral_[i] |= here[kNumber];
@@ -158,9 +172,10 @@ void PieceScanner::classify_unicode(size_t blocks) {
     any_odd_ |= odd_[i] != 0;
   }
   // What began in the last block and ends after it; nothing but its class is asked for there.
-  letter_[blocks] |= spill[kUpper] | spill[kLower] | spill[kCaseless];
-  numeral_[blocks] |= spill[kNumber];
-  blank_[blocks] |= spill[kSpace] | spill[kNewline];
+  continuation_[blocks] = begun;
+  if (last.cls == kUpper || last.cls == kLower || last.cls == kCaseless) letter_[blocks] |= begun;
+  if (last.cls == kNumber) numeral_[blocks] |= begun;
+  if (last.cls == kSpace || last.cls == kNewline) blank_[blocks] |= begun;
 }
 
 void PieceScanner::find_gpt2_starts(size_t words) {

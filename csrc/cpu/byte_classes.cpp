@@ -25,6 +25,7 @@ void byte_classes(const uint8_t* text, int64_t blocks, ByteClasses* out) {
     out[i].blank = out[i].space | in(bytes, '\t', 5);
     out[i].apostrophe = is('\'');
     out[i].high = _mm512_movepi8_mask(bytes);
+    out[i].trailing = in(bytes, static_cast<char>(0x80), 64);
   }
 }
 
@@ -53,6 +54,7 @@ void byte_classes(const uint8_t* text, int64_t blocks, ByteClasses* out) {
       out[i].blank |= is(' ') | in('\t', '\r');
       out[i].apostrophe |= is('\'');
       out[i].high |= mask(bytes);
+      out[i].trailing |= mask(_mm256_cmpgt_epi8(_mm256_set1_epi8(static_cast<char>(0xC0)), bytes));
     }
   }
 }
@@ -73,6 +75,7 @@ void byte_classes(const uint8_t* text, int64_t blocks, ByteClasses* out) {
       out[i].blank |= set(c == ' ' || (c >= '\t' && c <= '\r'));
       out[i].apostrophe |= set(c == '\'');
       out[i].high |= set(c >= 128);
+      out[i].trailing |= set(c >= 128 && c < 0xC0);
     }
   }
 }

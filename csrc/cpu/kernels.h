@@ -84,7 +84,8 @@ struct GemmArgs {
 
 // One bit a byte, of 64 bytes; the lowest bit is the first byte.
 struct ByteClasses {
-  uint64_t upper, lower, digit, space, newline, blank, apostrophe, high;  // high: not ASCII
+  uint64_t upper, lower, digit, space, newline, blank, apostrophe;
+  uint64_t high, trailing;  // not ASCII; of these 0x80 to 0xBF
 };
 
 struct GeluArgs {
