@@ -5,6 +5,7 @@ namespace pygpt::PYGPT_ISA_NAMESPACE {
 namespace {
 
 constexpr int64_t kDecodeKeys = 512;  // of one task; its softmax is merged with the others' after
+constexpr int64_t kDecodeAhead = 32;  // rows; keys and values come from memory at its full rate
 
 struct Partial {  // per task and row
   float max, sum;
@@ -39,6 +40,7 @@ void decode_task(const Call& call, int64_t b, int64_t kv_head, int64_t first, in
     for (int64_t j = start; j < end; j += kLanes) {
       F32 dots[kLanes];
       for (int n = 0; n < kLanes; ++n) {  // keys past the end give what is masked
+        if (r == 0) prefetch_row(kType, keys + (j + n + kDecodeAhead) * k_row, a.dim);
         const char* key = keys + min(j + n, end - 1) * k_row;
         F32 dot = broadcast(0.0f);
         for (int64_t d = 0; d < a.dim; d += kLanes) {
@@ -69,6 +71,7 @@ void decode_task(const Call& call, int64_t b, int64_t kv_head, int64_t first, in
       const int vecs = static_cast<int>(min(4, (call.pitch - d) / kLanes));
       if (d + 4 * kLanes <= a.dim) {
         for (int64_t j = seen.lo - first; j < end; ++j) {
+          if (r == 0) prefetch_row(kType, values + (j + kDecodeAhead) * v_row, a.dim);
           const F32 p = broadcast(scores[j]);
           unroll<4>([&](auto n) PYGPT_LAMBDA {
             acc[n] = fma(p, load_as_f32(kType, values + j * v_row, d + n * kLanes), acc[n]);
@@ -115,6 +118,7 @@ void merge_decoded(const Call& call, int64_t b, int64_t kv_head, int64_t pieces,
     const int64_t i = r % a.queries, head = kv_head * call.group + r / a.queries;
     write_rows(a.dtype, merged, call.pitch, 1, a.dim, any ? 1.0f / total : 0.0f,
                call.at(a.out, b, i, head), 0);
+    if (!a.lse) continue;
     a.lse[(b * a.heads + head) * a.queries + i] = any ? highest + log2f(total) : -INFINITY;
   }
 }

@@ -70,13 +70,6 @@ void tile_rows(int rows, Words a, const float* b, int64_t b_row, int64_t k, bool
   if (rows & 1) tile<kPairs, 1, kVecs>(a, b, b_row, k, add, c, c_row);
 }
 
-// Rows of a head stand far apart, which no hardware prefetcher follows.
-constexpr int64_t kAhead = 8;
-PYGPT_INLINE void prefetch_row(DType dtype, const char* row, int64_t dim) {
-  const int64_t bytes = dim * (dtype == DType::kFloat32 ? 4 : 2);
-  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(row + i);
-}
-
 PYGPT_INLINE void store_as(DType dtype, char* p, int64_t index, F32 x) {
   if (dtype == DType::kFloat32) return store(reinterpret_cast<float*>(p) + index, x);
   uint16_t* half = reinterpret_cast<uint16_t*>(p) + index;

@@ -74,6 +74,13 @@ PYGPT_INLINE F32 load_tail(DType dtype, const char* p, int64_t index, int64_t co
   return load_as_f32(dtype, part, 0);
 }
 
+// Rows of a head stand far apart, which no hardware prefetcher follows.
+constexpr int64_t kAhead = 8;
+PYGPT_INLINE void prefetch_row(DType dtype, const char* row, int64_t dim) {
+  const int64_t bytes = dim * (dtype == DType::kFloat32 ? 4 : 2);
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(row + i);
+}
+
 // rows x dim of `source` -> float rows of `pitch`, with zeros from dim to pitch.
 void copy_rows(DType dtype, const char* source, int64_t stride, int64_t rows, int64_t dim,
                float* out, int64_t pitch);
