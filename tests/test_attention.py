@@ -4,6 +4,7 @@ import random
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.library import opcheck
 
 from pygpt import _native, ops, reference
@@ -213,6 +214,26 @@ def test_opcheck(masks):
         out, lse = torch.ops.pygpt.causal_attention(*arguments)
     arguments = (torch.ones_like(out), *(x.detach() for x in (q, k, v)), out, lse, *arguments[3:])
     opcheck(torch.ops.pygpt.causal_attention_backward.default, arguments)
+
+
+def test_a_call_past_torchs_dispatcher_gives_what_the_op_gives():
+    q, k, v, _ = tensors(2, 6, 9, 4, 2, 16)
+    straight = ops.causal_attention(q, k, v, window=4, impl="native")
+    op = ops.causal_attention(q.requires_grad_(), k, v, window=4, impl="native")
+    assert torch.equal(straight, op) and not straight.requires_grad and op.requires_grad
+    with torch.no_grad():
+        assert torch.equal(ops.causal_attention(q, k, v, window=4, impl="native"), op)
+
+
+def test_tracers_and_transforms_see_the_op():
+    q, k, v, _ = tensors(1, 6, 6, 2, 2, 16)
+
+    def native(q):
+        return ops.causal_attention(q, k, v, impl="native")
+
+    graph = make_fx(native)(q).graph
+    assert any(node.target == torch.ops.pygpt.causal_attention.default for node in graph.nodes)
+    assert torch.equal(torch.func.functionalize(native)(q), native(q))
 
 
 def test_second_derivatives_are_refused():

@@ -173,12 +173,13 @@ void forward_block(const Call& call, const ForwardWork& w, int64_t packed, int64
     }
   }
   const float keep = static_cast<float>(1.0 - a.dropout_p);
-  float* lse = a.lse + (b * a.heads + head) * a.queries + first;
   for (int64_t i = 0; i < rows; ++i) {
     const bool any = state.sum[i] != 0.0f;  // a query without keys gets zeros
     write_rows(a.dtype, w.out + i * call.pitch, call.pitch, 1, a.dim,
                any ? 1.0f / (state.sum[i] * keep) : 0.0f, call.at(a.out, b, first + i, head), 0);
   }
+  if (!a.lse) return;
+  float* lse = a.lse + (b * a.heads + head) * a.queries + first;
   for (int64_t i = 0; i < rows; i += kLanes) {
     store_first(lse + i, log2_of_sum(load(state.max + i), load(state.sum + i)),
                 static_cast<int>(rows - i));

@@ -60,7 +60,7 @@ struct AttentionArgs {
   double dropout_p;
   uint64_t seed;  // of the dropout
   AttentionTensor q, k, v, out;
-  float* lse;  // (batch, heads, queries): log2 of the sum of 2^(score * log2 e)
+  float* lse;  // (batch, heads, queries): log2 of the sum of 2^(score * log2 e); or null (forward)
   AttentionTensor dout, dq, dk, dv;  // of the backward, to which out and lse are inputs
 };
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from pygpt import _native, reference
 from pygpt.ops.dispatch import Impl, auto_takes, resolve, why_no_kernel
-from pygpt.ops.native import DTYPES, address, empty, launch, register, rows
+from pygpt.ops.native import DTYPES, address, empty, launch, needs_dispatcher, register, rows
 
 
 def causal_attention(
@@ -54,20 +54,22 @@ def causal_attention(
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     why_not = why_no_kernel(q.device, q.dtype, q.shape[-1])
     plain = window is None and document_ids is None and kv_lengths is None and not dropout_p
+    straight = q.is_cpu and not needs_dispatcher(q, k, v)
     chosen = resolve(
         impl,
         native=not why_not,
         auto=auto_takes("causal_attention", q.device)
-        and not (q.is_cpu and _is_little(q, k, v) and plain),
+        and (straight or not (q.is_cpu and plain and _is_little(q, k, v))),
         tensors=f"causal attention on {why_not}",
     )
     if dropout_p and seed is None and chosen != "torch":
         seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=q.device)
     if chosen == "native":
         q, k, v = rows(q), rows(k), rows(v)
-        out: Tensor = torch.ops.pygpt.causal_attention(
-            q, k, v, scale, window or 0, document_ids, kv_lengths, dropout_p, seed
-        )[0]
+        options = (scale, window or 0, document_ids, kv_lengths, dropout_p, seed)
+        if straight:
+            return _infer(q, k, v, *options)
+        out: Tensor = torch.ops.pygpt.causal_attention(q, k, v, *options)[0]
         return out
     if chosen == "torch":
         return _torch(q, k, v, scale, window, document_ids, kv_lengths, dropout_p)
@@ -177,7 +179,8 @@ _OPTIONS = (
 
 
 def _place(x: Tensor) -> tuple[int, int, int, int]:
-    return x.data_ptr(), x.stride(0), x.stride(1), x.stride(2)
+    batch, row, head, _ = x.stride()
+    return x.data_ptr(), batch, row, head
 
 
 def _arguments(
@@ -212,14 +215,20 @@ def _forward_fake(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return empty(q, q.shape), empty(q, (b, h, t), torch.float32)
 
 
-def _forward_cpu(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
-    out, lse = _forward_fake(q)
+def _infer(q: Tensor, k: Tensor, v: Tensor, *options: Any, lse: Tensor | None = None) -> Tensor:
+    out = empty(q, q.shape)
     common, _kept = _arguments(q, k, *options)
     if out.numel():
         _native.attention_forward(
-            *common, _place(q), _place(k), _place(v), _place(out), lse.data_ptr()
+            *common, _place(q), _place(k), _place(v), _place(out), address(lse)
         )
-    return out, lse
+    return out
+
+
+def _forward_cpu(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    b, t, h, _ = q.shape
+    lse = empty(q, (b, h, t), torch.float32)
+    return _infer(q, k, v, *options, lse=lse), lse
 
 
 def _forward_cuda(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
