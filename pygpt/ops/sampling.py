@@ -74,18 +74,8 @@ def sample(
         raise ValueError(f"logits must be float32, bfloat16 or float16, got {logits.dtype}")
     rows, vocab = logits.shape
     on_cpu = logits.device.type == "cpu"
-    parameters = _parameters(
-        logits,
-        (
-            temperature,
-            top_k,
-            top_p,
-            min_p,
-            repetition_penalty,
-            presence_penalty,
-            frequency_penalty,
-        ),
-    )
+    penalties = repetition_penalty, presence_penalty, frequency_penalty
+    parameters = _parameters(logits, (temperature, top_k, top_p, min_p, *penalties))
     if uniforms is None:
         uniforms = torch.rand(rows, dtype=torch.float64, device=logits.device, generator=generator)
     elif uniforms.shape != (rows,):
@@ -114,7 +104,9 @@ def sample(
     native = not why_no_kernel(logits.device, logits.dtype)
     match resolve(impl, native=native, auto=auto_takes("sample", logits.device)):
         case "native":
-            tokens = torch.ops.pygpt.sample(*inputs)
+            # The dispatcher costs more than a twentieth of a call; only what traces needs it.
+            traced = type(logits) is not Tensor or torch.compiler.is_compiling()
+            tokens = torch.ops.pygpt.sample(*inputs) if traced else _native_tokens(*inputs)
         case "torch":
             tokens = sample_torch(*inputs)
             if on_cpu and bool((tokens < 0).any()):
