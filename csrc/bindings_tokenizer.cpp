@@ -84,7 +84,7 @@ class Utf8 {
   size_t chunk_size(const Unit* units) const {
     for (size_t size = chunk_; size < left_; size *= 2) {
       for (size_t i = size; i > size / 2; --i) {
-        if (may_cut(units[i - 2], units[i - 1], units[i])) return i;
+        if (may_cut(class_of(units[i - 2]), class_of(units[i - 1]), class_of(units[i]))) return i;
       }
     }
     return left_;

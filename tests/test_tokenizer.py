@@ -375,6 +375,21 @@ def test_large_file_is_cut_without_a_trace(tok, tmp_path):
     )
 
 
+def test_large_file_without_a_space_is_cut_at_its_newlines(pair, tmp_path):
+    ours, theirs = pair
+    rng = random.Random(2)
+    lines = ["".join(chr(rng.randrange(0x4E00, 0x9FA0)) for _ in range(60)) for _ in range(9000)]
+    ends = [rng.choice(["。\n", "\n", "\r\n", "\n\n", "。\r", "7\n", "\u3000\n"]) for _ in lines]
+    text = "".join(map("".join, zip(lines, ends, strict=True)))
+    assert len(text.encode()) > 1 << 20
+    path = tmp_path / "large.txt"
+    path.write_bytes(text.encode())
+    expected = theirs.encode_ordinary(text)
+    for threads in (1, 3):
+        ids = ours.encode_files([path], num_threads=threads)
+        assert ids.tolist() == expected
+
+
 def test_decoding_as_in_tiktoken(pair):
     ours, theirs = pair
     rng = random.Random(2)

@@ -74,7 +74,13 @@ Specials::Match Specials::find(std::string_view text, size_t from) const {
 
 bool Specials::any_blank() const {
   return std::any_of(tokens_.begin(), tokens_.end(), [](const Entry& token) {
-    return token.bytes.find_first_of(" \n") != std::string::npos;
+    const uint8_t *p = data_of(token.bytes), *const end = p + token.bytes.size();
+    while (p < end) {
+      const Char c = char_at(p, end);
+      if (c.cls == kSpace || c.cls == kNewline) return true;
+      p += c.size;
+    }
+    return false;
   });
 }
 
@@ -188,18 +194,6 @@ void Bpe::decode(const uint32_t* ids, size_t count, std::string* out) const {
     }
     out->resize(to - out->data());
   }
-}
-
-size_t last_safe_cut(std::string_view text) {
-  const uint8_t *begin = data_of(text), *end = begin + text.size();
-  for (const uint8_t* p = end - 1; p > begin; --p) {
-    if (*p != ' ' && *p != '\n') continue;
-    const uint8_t* before = p - 1;
-    while (before > begin && (*before & 0xC0) == 0x80) --before;
-    const CharClass cls = char_at(before, p).cls;
-    if (cls == kUpper || cls == kLower || cls == kCaseless) return p - begin;
-  }
-  return 0;
 }
 
 }  // namespace pygpt

@@ -62,7 +62,7 @@ class Specials {
   // The leftmost match at or after `from`, the longest there; at == npos when there is none.
   Match find(std::string_view text, size_t from) const;
   bool empty() const { return tokens_.empty(); }
-  bool any_blank() const;  // a space or newline in one of them
+  bool any_blank() const;  // in one of them
 
  private:
   struct Entry {
@@ -113,9 +113,5 @@ class Bpe {
   Specials specials_;
   mutable std::array<std::atomic<PieceCache*>, 16> idle_{};
 };
-
-// Largest position in text at which it may be cut without changing any piece: a blank after a
-// letter. 0 when there is none.
-size_t last_safe_cut(std::string_view text);
 
 }  // namespace pygpt

@@ -140,10 +140,37 @@ const uint8_t* piece_end(Pattern pattern, const uint8_t* begin, const uint8_t* e
   return end;
 }
 
-bool may_cut(uint32_t a, uint32_t b, uint32_t c) {
-  const auto among = [](unsigned set, uint32_t code) { return (set >> class_of(code) & 1) != 0; };
-  if (c == ' ' || c == '\n') return among(kLetter, b);
-  return b == '\n' && among(kLetter, c) && !among(kBlank, a);
+bool may_cut(CharClass a, CharClass b, CharClass c) {
+  const auto among = [](unsigned set, CharClass cls) { return (set >> cls & 1) != 0; };
+  if (among(kBlank, c)) return among(kLetter, b);
+  return b == kNewline && among(kLetter, c) && !among(kBlank, a);
+}
+
+size_t last_safe_cut(std::string_view text) {
+  const Ptr begin = reinterpret_cast<Ptr>(text.data());
+  // Goes back over the character that ends at p. Bytes that are none are like a symbol, and what
+  // comes before the text may be a blank.
+  const auto step_back = [&](Ptr& p) {
+    if (p == begin) return kSpace;
+    const Ptr end = p--;
+    while (p > begin && (*p & 0xC0) == 0x80) --p;
+    const Char c = char_at(p, end);
+    return c.size == end - p ? c.cls : kOther;
+  };
+  Ptr at_c = begin + text.size();
+  CharClass c = step_back(at_c);
+  Ptr at_b = at_c;
+  CharClass b = step_back(at_b);
+  while (at_c > begin) {
+    Ptr at_a = at_b;
+    const CharClass a = step_back(at_a);
+    if (may_cut(a, b, c)) return at_c - begin;
+    at_c = at_b;
+    at_b = at_a;
+    c = b;
+    b = a;
+  }
+  return 0;
 }
 
 }  // namespace pygpt

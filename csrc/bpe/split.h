@@ -3,6 +3,9 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <string_view>
+
+#include "bpe/unicode.h"
 
 namespace pygpt {
 
@@ -16,8 +19,12 @@ const uint8_t* piece_end(Pattern pattern, const uint8_t* begin, const uint8_t* e
 // ones: U+017F is an s.
 const uint8_t* contraction_end(const uint8_t* p, const uint8_t* end, bool any_case);
 
-// Whether a text may be cut after a and b, before c (code points), with the same pieces whatever
-// the pattern: where a blank follows a letter, or a letter a newline that stands alone.
-bool may_cut(uint32_t a, uint32_t b, uint32_t c);
+// Whether a text may be cut after characters of the classes a and b, before one of c, with the same
+// pieces whatever the pattern: where a blank follows a letter, or a letter a newline that stands
+// alone.
+bool may_cut(CharClass a, CharClass b, CharClass c);
+
+// Largest position in text at which it may be cut; 0 when there is none.
+size_t last_safe_cut(std::string_view text);
 
 }  // namespace pygpt

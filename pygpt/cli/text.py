@@ -165,8 +165,9 @@ def _corpus(files: tuple[Path, ...], text_key: str, size: int) -> Iterator[str]:
 
 
 def _parts(file: IO[bytes], name: str, size: int) -> Iterator[str]:
-    """Text as `read_documents` gives it, cut at blanks after letters: the patterns cut there too.
+    """Text as `read_documents` gives it, cut where every pattern cuts.
 
+    That is before a space after a letter, and after a newline that stands alone before a letter.
     With `size` -1 all of it.
     """
     reader = io.TextIOWrapper(file, "utf-8-sig")
@@ -178,7 +179,7 @@ def _parts(file: IO[bytes], name: str, size: int) -> Iterator[str]:
                 raise DataError(f"{name} is binary, not text: it has a zero byte")
             seen = seen or not text.isspace()
             rest += text
-            cut = re.search(r"[^\W\d_](?= )", rest[-1000:]) if size > 0 else None
+            cut = re.search(r"[^\W\d_](?= )|\S\n(?=[^\W\d_])", rest[-1000:]) if size > 0 else None
             if cut:
                 end = max(len(rest) - 1000, 0) + cut.end()
                 yield rest[:end]
