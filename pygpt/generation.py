@@ -17,7 +17,8 @@ from torch.nn import functional as F
 
 from pygpt import ops
 from pygpt.errors import NumericError
-from pygpt.model import GPT, KVCache
+from pygpt.kv_cache import KVCache
+from pygpt.model import GPT
 from pygpt.tokenizer import EOT, Tokenizer
 
 

@@ -19,7 +19,7 @@ FLOORS = [
     {"errors", "_native"},
     {"config"},
     {"ops", "reference", "tokenizer"},
-    {"weights"},
+    {"weights", "kv_cache"},
     {"model"},
     {"training", "generation", "checkpoint", "data"},
     {"finetune", "evaluation"},

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pygpt import GPT, GPTConfig
-from pygpt.model import KVCache
+from pygpt.kv_cache import KVCache
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
