@@ -11,6 +11,7 @@ namespace {
 constexpr int64_t kQueryBlock = 96;
 constexpr int64_t kKeyBlock = 512;
 constexpr int64_t kSumBlock = 128;  // words summed in registers, before they are added to memory
+constexpr int64_t kInPlace = 512;  // values; of more a copy pays, since their rows share cache sets
 constexpr int64_t kScorePitch = kKeyBlock + kPad;
 
 static_assert(kQueryBlock % kScoreRows == 0 && kScoreRows % kSumRows == 0 &&
@@ -19,6 +20,7 @@ static_assert(kSumRows % kSoftmaxRows == 0 && kQueryBlock % kLanes == 0);
 
 struct ForwardWork {
   float *keys, *values, *queries, *scores, *out;
+  int64_t value_pitch;
 
   static size_t lay_out(const Call& call, int64_t keys, char* base, ForwardWork& w) {
     Parts parts{base};
@@ -164,8 +166,8 @@ void forward_block(const Call& call, const ForwardWork& w, int64_t packed, int64
           for (int64_t s = tile.lo; s < tile.hi; s += kSumBlock * kWord) {
             sum_tile<kPairs>(static_cast<int>(tile_rows), vecs,
                              {scores + s / kWord, kScorePitch, 1},
-                             w.values + (k0 - packed + s) / kWord * call.pitch + d, call.pitch,
-                             min(kSumBlock, (tile.hi - s) / kWord),
+                             w.values + (k0 - packed + s) / kWord * w.value_pitch + d,
+                             w.value_pitch, min(kSumBlock, (tile.hi - s) / kWord),
                              w.out + (r + t) * call.pitch + d, call.pitch);
           }
         }
@@ -196,7 +198,13 @@ void forward_task(const Call& call, int64_t b, int64_t kv_head, int64_t first, i
   ForwardWork::lay_out(call, count, task_scratch(ForwardWork::lay_out(call, count, nullptr, w)), w);
   pack_panels<kPairs>(a.dtype, call.at(a.k, b, packed, kv_head), a.k.row * call.element, count,
                       a.dim, w.keys);
-  copy_sums<kPairs>(call, a.v, b, packed, kv_head, count, w.values);
+  w.value_pitch = call.pitch;
+  if (a.dtype == DType::kFloat32 && call.pitch == a.dim && count <= kInPlace) {
+    w.values = reinterpret_cast<float*>(call.at(a.v, b, packed, kv_head));
+    w.value_pitch = a.v.row;
+  } else {
+    copy_sums<kPairs>(call, a.v, b, packed, kv_head, count, w.values);
+  }
   for (int64_t head = kv_head * call.group; head < (kv_head + 1) * call.group; ++head) {
     for (int64_t row = first; row < last; row += kQueryBlock) {
       forward_block<kPairs>(call, w, packed, b, head, row, min(kQueryBlock, last - row));
