@@ -33,7 +33,7 @@ PARTS = {  # the first of these names that an event or one of its callers begins
     ),
     "attention": ("pygpt::causal_attention", "aten::_scaled_dot_product", "aten::scaled_dot"),
     "GELU": ("pygpt::gelu", "aten::gelu"),
-    "LayerNorm": ("aten::layer_norm", "aten::native_layer_norm"),
+    "sums and LayerNorm": ("_AddNorm", "aten::layer_norm", "aten::native_layer_norm"),
     "embedding": ("aten::embedding",),
     "AdamW": ("Optimizer.step", "aten::_fused_adamw"),
     "gradients set aside": ("Optimizer.zero_grad",),
@@ -96,10 +96,10 @@ def floors(
             3.5 * layers * tokens * 2 * (context + 1) * c,
             layers * tokens * size * 12 * c,
         ),
-        "LayerNorm": (0, (2 * layers + 1) * tokens * size * 5 * c),
+        "sums and LayerNorm": (0, (2 * layers + 1) * tokens * (16 + 4 * size) * c),
         "embedding": (0, 4 * tokens * size * c),
         "AdamW": (0, 28 * parameters),
-        "casts, copies, sums": (0, 2 * layers * tokens * size * 3 * c),
+        "casts, copies, sums": (0, layers * tokens * size * 6 * c),
     }
     return {part: 1e3 * max(f / flops, b / traffic) for part, (f, b) in work.items()}
 
