@@ -3,6 +3,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <bit>
 #include <cerrno>
 #include <cstring>
 
@@ -137,10 +139,25 @@ Ids encode(const Bpe& bpe, py::handle text, py::handle allowed, py::handle disal
 py::list list_of(const uint32_t* ids, size_t count) {
   auto list = py::reinterpret_steal<py::list>(PyList_New(static_cast<Py_ssize_t>(count)));
   if (!list) throw py::error_already_set();
+  // Equal ids are one int: a third of the memory, which costs more than the look-up. The first ids
+  // to come are the frequent ones: they keep their places.
+  struct Known {
+    uint32_t id;
+    PyObject* number;
+  };
+  std::vector<Known> known(count < 256 ? 0 : std::min(std::bit_ceil(count / 8), size_t{1} << 18));
   for (size_t i = 0; i < count; ++i) {
-    PyObject* id = PyLong_FromUnsignedLong(ids[i]);
-    if (!id) throw py::error_already_set();
-    PyList_SET_ITEM(list.ptr(), static_cast<Py_ssize_t>(i), id);
+    Known* const place = known.empty() ? nullptr : &known[ids[i] & (known.size() - 1)];
+    PyObject* number = nullptr;
+    if (place && place->number && place->id == ids[i]) {
+      number = place->number;
+      Py_INCREF(number);
+    } else {
+      number = PyLong_FromUnsignedLong(ids[i]);
+      if (!number) throw py::error_already_set();
+      if (place && !place->number) *place = {ids[i], number};
+    }
+    PyList_SET_ITEM(list.ptr(), static_cast<Py_ssize_t>(i), number);
   }
   return list;
 }

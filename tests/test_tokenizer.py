@@ -11,6 +11,7 @@ import pickle
 import random
 import resource
 import string
+import sys
 import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -388,6 +389,19 @@ def test_large_file_without_a_space_is_cut_at_its_newlines(pair, tmp_path):
     for threads in (1, 3):
         ids = ours.encode_files([path], num_threads=threads)
         assert ids.tolist() == expected
+
+
+def test_equal_ids_of_a_long_list_are_one_int(pair):
+    ours, theirs = pair
+    text = "the hand in the sand and the land on the other hand " * 40
+    ids = ours.encode(text)
+    assert ids == theirs.encode(text) and len(ids) >= 256
+    token, occurrences = Counter(i for i in ids if i > 256).most_common(1)[0]
+    number = next(i for i in ids if i == token)
+    held = sys.getrefcount(number)
+    assert held >= occurrences >= 40
+    del ids
+    assert sys.getrefcount(number) == held - occurrences
 
 
 def test_decoding_as_in_tiktoken(pair):
