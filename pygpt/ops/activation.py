@@ -12,7 +12,7 @@ from pygpt import _native
 from pygpt.ops.dispatch import Impl, resolve
 from pygpt.ops.native import DTYPES, address, empty, register
 from pygpt.ops.product import (
-    SGEMM_ROWS,
+    FEW_ROWS,
     autocast_dtype,
     linear,
     linear_gradients,
@@ -77,7 +77,7 @@ def gelu_linear(
     x = x.to(autocast_dtype(x))
     fits = x.dtype in DTYPES and weight.dtype in (x.dtype, torch.float32)
     native = x.device.type == "cpu" and fits
-    learns = torch.is_grad_enabled() and x.numel() >= SGEMM_ROWS * x.shape[-1]
+    learns = torch.is_grad_enabled() and x.numel() >= FEW_ROWS * x.shape[-1]
     if resolve(impl, native=native, auto=learns) == "native":
         return torch.ops.pygpt.gelu_linear(x, weight, bias)  # type: ignore[no-any-return]
     return linear(gelu(x, impl=impl), weight, bias, impl=impl)

@@ -16,7 +16,7 @@ from pygpt.ops.dispatch import Impl, resolve
 from pygpt.ops.native import DTYPES, address, empty, register
 
 # Below this many rows reading the weights dominates, and torch's product is as good.
-SGEMM_ROWS = 64
+FEW_ROWS = 64
 _SLICE = 1 << 21  # elements of a narrow gradient that are made at a time
 
 
@@ -39,7 +39,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, impl: Impl 
         and x.dim() > 0
         and x.shape[-1] == weight.shape[-1] > 0
     )
-    many = native and x.numel() >= SGEMM_ROWS * x.shape[-1]
+    many = native and x.numel() >= FEW_ROWS * x.shape[-1]
     wins = own_wins(dtype) if dtype == torch.float32 else torch.is_grad_enabled()
     if resolve(impl, native=native, auto=many and wins) == "native":
         return torch.ops.pygpt.linear(x.to(dtype), weight, bias)  # type: ignore[no-any-return]

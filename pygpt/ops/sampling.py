@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pygpt import _native, reference
 from pygpt.ops.dispatch import Impl, auto_takes, resolve, why_no_kernel
-from pygpt.ops.native import DTYPES, address, launch, register, rows
+from pygpt.ops.native import DTYPES, address, launch, needs_dispatcher, register, rows
 
 
 class Sampled(NamedTuple):
@@ -104,9 +104,9 @@ def sample(
     native = not why_no_kernel(logits.device, logits.dtype)
     match resolve(impl, native=native, auto=auto_takes("sample", logits.device)):
         case "native":
-            # The dispatcher costs more than a twentieth of a call; only what traces needs it.
-            traced = type(logits) is not Tensor or torch.compiler.is_compiling()
-            tokens = torch.ops.pygpt.sample(*inputs) if traced else _native_tokens(*inputs)
+            # The dispatcher costs more than a twentieth of a call.
+            straight = not needs_dispatcher(logits)
+            tokens = _native_tokens(*inputs) if straight else torch.ops.pygpt.sample(*inputs)
         case "torch":
             tokens = sample_torch(*inputs)
             if on_cpu and bool((tokens < 0).any()):
