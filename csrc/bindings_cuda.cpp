@@ -81,6 +81,7 @@ void bind_cuda(py::module_& m) {
     d["why_unusable"] = info.why_unusable;
     return d;
   });
+  m.def("cuda_problem", &cuda_problem);
   m.def("cuda_attention_splits", [](const Launch& launch, const Common& common) {
     return cuda_attention_splits(attention(common), on(launch));
   });

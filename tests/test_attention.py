@@ -298,6 +298,7 @@ def test_chosen_backend_says_why():
     [
         ("the driver supports CUDA 12, this build needs 13: update the driver", (9, 0), "update"),
         ("", (7, 5), "sm_75; the kernels need sm_80"),
+        ("", (10, 0), "no kernel image"),
         ("", (9, 0), "has not been measured"),
     ],
 )
@@ -305,6 +306,8 @@ def test_a_runs_header_and_the_chosen_backend_name_what_is_wrong_with_a_gpu(
     monkeypatch, problem, capability, said
 ):
     monkeypatch.setattr(dispatch, "_cuda_info", lambda: {"why_unusable": problem})
+    other = "CUDA: no kernel image is available" if capability == (10, 0) else ""
+    monkeypatch.setattr(dispatch, "_device_problem", lambda device: other)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A GPU")
     device = torch.device("cuda")
@@ -316,12 +319,15 @@ def test_a_runs_header_and_the_chosen_backend_name_what_is_wrong_with_a_gpu(
 
 def test_what_was_measured_on_a_gpu_is_chosen_there(monkeypatch):
     monkeypatch.setattr(dispatch, "_cuda_info", lambda: {"why_unusable": ""})
+    monkeypatch.setattr(dispatch, "_device_problem", lambda device: "")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setitem(dispatch.MEASURED, ("sample", (9, 0)), "one day on an H100")
+    entry = ("sample", torch.bfloat16, (9, 0))
+    monkeypatch.setitem(dispatch.MEASURED, entry, "one day on an H100")
     assert ops.chosen_backend("sample", "cuda", torch.bfloat16) == (
         "native",
         "measured one day on an H100",
     )
+    assert ops.chosen_backend("sample", "cuda", torch.float32)[0] == "torch"
     assert ops.chosen_backend("causal_attention", "cuda", torch.bfloat16)[0] == "torch"
 
 

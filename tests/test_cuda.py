@@ -286,6 +286,7 @@ def test_every_gpu_can_be_used():
     second = with_gradients(*(x.to("cuda:1") for x in (q, k, v, dout)), "native")
     for a, b in zip(first, second, strict=True):
         assert torch.equal(a, b.to("cuda:0"))
+    assert torch.cuda.current_device() == 0
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
@@ -310,7 +311,7 @@ def test_a_model_learns_alike_with_every_backend(compiled):
 def test_auto_takes_only_what_was_measured():
     capability = torch.cuda.get_device_capability()
     backend, why = ops.chosen_backend("causal_attention", "cuda", torch.bfloat16, 64)
-    measured = ("causal_attention", capability) in MEASURED
+    measured = ("causal_attention", torch.bfloat16, capability) in MEASURED
     assert backend == ("native" if measured else "torch")
     assert why
 

@@ -17,6 +17,8 @@ CudaInfo cuda_info() {
   return info;
 }
 
+std::string cuda_problem(int) { return kWhy; }
+
 void cuda_attention_forward(const CudaAttention&, const CudaLaunch&) { absent(); }
 void cuda_attention_backward(const CudaAttention&, const CudaAttentionGradient&,
                              const CudaLaunch&) {

@@ -23,6 +23,10 @@ struct CudaInfo {
 
 CudaInfo cuda_info();
 
+// Why the kernels of this build cannot run on a device (it holds code for other ones, say), or
+// nothing.
+std::string cuda_problem(int device);
+
 struct CudaLaunch {
   int32_t device;
   void* stream;

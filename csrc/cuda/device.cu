@@ -1,8 +1,12 @@
-#include <cuda_runtime.h>
-
 #include "cuda/cuda.h"
+#include "cuda/ptx.cuh"
 
 namespace pygpt {
+namespace {
+
+__global__ void nothing() {}
+
+}  // namespace
 
 CudaInfo cuda_info() {
   CudaInfo info;
@@ -22,6 +26,7 @@ CudaInfo cuda_info() {
   int count = 0;
   if (const cudaError_t error = cudaGetDeviceCount(&count); error != cudaSuccess || count == 0) {
     info.why_unusable = count == 0 ? "no NVIDIA GPU" : cudaGetErrorString(error);
+    cudaGetLastError();
     return info;
   }
   for (int device = 0; device < count; ++device) {
@@ -31,6 +36,17 @@ CudaInfo cuda_info() {
                            std::to_string(properties.major * 10 + properties.minor) + ")");
   }
   return info;
+}
+
+std::string cuda_problem(int device) {
+  try {
+    const OnDevice there(device);
+    cudaFuncAttributes attributes;
+    check(cudaFuncGetAttributes(&attributes, nothing));
+    return "";
+  } catch (const UserError& error) {
+    return std::string(error.what()) + "; install pygpt again on this machine";
+  }
 }
 
 }  // namespace pygpt

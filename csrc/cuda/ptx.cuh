@@ -3,9 +3,12 @@
 //
 // Layouts (PTX ISA, mma.m16n8k16), with g = lane / 4 and t = lane % 4; each register holds two
 // neighbouring 16-bit elements:
-//   A (16 x 16)  a[0]: row g, columns 2t  a[1]: row g + 8  a[2]: row g, columns 2t + 8  a[3]: both
-//   + 8 B (16 x 8)   b[0]: rows 2t, column g  b[1]: rows 2t + 8 C (16 x 8)   c[0], c[1]: row g,
-//   columns 2t, 2t + 1     c[2], c[3]: row g + 8
+//
+// A (16 x 16): a[0] row g, columns 2t; a[1] row g + 8; a[2] columns 2t + 8; a[3] both.
+//
+// B (16 x 8): b[0] rows 2t, column g; b[1] rows 2t + 8.
+//
+// C (16 x 8): c[0], c[1] row g, columns 2t, 2t + 1; c[2], c[3] row g + 8.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -148,8 +151,30 @@ __device__ __forceinline__ void warp_barrier() { __syncwarp(); }
 __device__ __forceinline__ void barrier() { __syncthreads(); }
 
 inline void check(cudaError_t error) {
-  if (error != cudaSuccess) throw UserError(std::string("CUDA: ") + cudaGetErrorString(error));
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // forgets it: the next launch is not to be blamed
+  throw UserError(std::string("CUDA: ") + cudaGetErrorString(error));
 }
+
+// Makes a device the current one for as long as this lives. Torch, which shares the driver's
+// context with us, must find its own device again.
+class OnDevice {
+ public:
+  explicit OnDevice(int device) {
+    check(cudaGetDevice(&before_));
+    changed_ = before_ != device;
+    if (changed_) check(cudaSetDevice(device));
+  }
+  ~OnDevice() {
+    if (changed_) cudaSetDevice(before_);
+  }
+  OnDevice(const OnDevice&) = delete;
+  OnDevice& operator=(const OnDevice&) = delete;
+
+ private:
+  int before_ = 0;
+  bool changed_ = false;
+};
 
 inline int multiprocessors(int device) {
   int count = 0;
@@ -160,7 +185,7 @@ inline int multiprocessors(int device) {
 template <class... Parameters>
 void launch_kernel(void (*kernel)(Parameters...), dim3 grid, int threads, int shared_bytes,
                    int device, void* stream, const std::decay_t<Parameters>&... arguments) {
-  check(cudaSetDevice(device));
+  const OnDevice there(device);
   if (shared_bytes > 48 * 1024) {
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
   }

@@ -58,7 +58,7 @@ def causal_attention(
     chosen = resolve(
         impl,
         native=not why_not,
-        auto=auto_takes("causal_attention", q.device)
+        auto=auto_takes("causal_attention", q.device, q.dtype)
         and (straight or not (q.is_cpu and plain and _is_little(q, k, v))),
         tensors=f"causal attention on {why_not}",
     )

@@ -34,14 +34,21 @@ def backend(impl: Impl) -> Iterator[None]:
         _backend = outer
 
 
-# Where "auto" takes a CUDA kernel: (op, compute capability) -> the date and device on which it was
-# measured right and not slower than what torch chooses there.
-MEASURED: dict[tuple[str, tuple[int, int]], str] = {}
+# Where "auto" takes a CUDA kernel: (op, dtype, compute capability) -> the date and device on which
+# it was measured right and not slower than what torch chooses there. `make gpu-check` prints lines
+# for it.
+MEASURED: dict[tuple[str, torch.dtype, tuple[int, int]], str] = {}
 
 
 @functools.cache
 def _cuda_info() -> dict[str, Any]:
     return _native.cuda_info()
+
+
+@functools.cache
+def _device_problem(device: torch.device) -> str:
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return _native.cuda_problem(index)
 
 
 # torch.compile asks these two while it traces and takes the answers as they are.
@@ -51,18 +58,20 @@ def _cuda_problem(device: torch.device) -> str:
     if problem := str(_cuda_info()["why_unusable"]):
         return problem
     major, minor = torch.cuda.get_device_capability(device)
-    return "" if major >= 8 else f"sm_{major}{minor}; the kernels need sm_80 or later"
+    if major < 8:
+        return f"sm_{major}{minor}; the kernels need sm_80 or later"
+    return _device_problem(device)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _when_measured(op: str, device: torch.device) -> str:
+def _when_measured(op: str, device: torch.device, dtype: torch.dtype) -> str:
     """The entry of MEASURED for a GPU, or nothing."""
-    return MEASURED.get((op, torch.cuda.get_device_capability(device)), "")
+    return MEASURED.get((op, dtype, torch.cuda.get_device_capability(device)), "")
 
 
-def auto_takes(op: str, device: torch.device) -> bool:
+def auto_takes(op: str, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether "auto" takes the op's native kernel where there is one."""
-    return device.type != "cuda" or bool(_when_measured(op, device))
+    return device.type != "cuda" or bool(_when_measured(op, device, dtype))
 
 
 def why_no_kernel(device: torch.device, dtype: torch.dtype, head_dim: int | None = None) -> str:
@@ -113,8 +122,8 @@ def chosen_backend(
         return _backend, "asked for by ops.backend"
     if why_not:
         return "torch", f"no native kernel for {why_not}"
-    if not auto_takes(op, device):
+    if not auto_takes(op, device, dtype):
         return "torch", "the CUDA kernel has not been measured on this kind of GPU"
     if device.type == "cuda":
-        return "native", f"measured {_when_measured(op, device)}"
+        return "native", f"measured {_when_measured(op, device, dtype)}"
     return "native", f"{_native.isa()} kernels"

@@ -36,7 +36,9 @@ def cross_entropy(
     """
     check_targets("logits", logits, targets, reduction)
     native = not why_no_kernel(logits.device, logits.dtype)
-    match resolve(impl, native=native, auto=auto_takes("cross_entropy", logits.device)):
+    match resolve(
+        impl, native=native, auto=auto_takes("cross_entropy", logits.device, logits.dtype)
+    ):
         case "native":
             needed = logits.requires_grad and torch.is_grad_enabled()
             if inplace and needed and reduction != "none" and not torch.compiler.is_compiling():

@@ -102,7 +102,7 @@ def sample(
             )
     inputs = (logits.detach(), uniforms, parameters, logit_bias, history)
     native = not why_no_kernel(logits.device, logits.dtype)
-    match resolve(impl, native=native, auto=auto_takes("sample", logits.device)):
+    match resolve(impl, native=native, auto=auto_takes("sample", logits.device, logits.dtype)):
         case "native":
             # The dispatcher costs more than a twentieth of a call.
             straight = not needs_dispatcher(logits)
