@@ -20,7 +20,8 @@ import pytest
 import torch
 from torch import Tensor
 
-import pygpt.ops  # noqa: F401  registers the CPU's ops
+from pygpt import GPT, GPTConfig, ops
+from pygpt.ops import attention, linear_loss
 
 ROOT = Path(__file__).resolve().parents[1]
 FLAGS = ["-std=c++20", "-O2", "-fPIC", "-ffp-contract=off", "-Wno-unknown-pragmas"]
@@ -490,3 +491,31 @@ def test_cross_entropy_and_its_gradient_match_the_definition(
             assert torch.equal(logits, before)
     rtol = max(2 * torch.finfo(dtype).eps, 1e-5)
     torch.testing.assert_close(logits.double(), exact.grad, rtol=rtol, atol=1e-6)
+
+
+@pytest.mark.parametrize("drop_rate", [0.0, 0.1])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("impl", ["native", "torch"])
+def test_every_op_of_a_model_has_a_path_where_tensors_are_not_the_cpus(
+    monkeypatch: pytest.MonkeyPatch, impl: ops.Impl, tied: bool, drop_rate: float
+) -> None:
+    """Tensors without data take the Python that a GPU's would, down to the registered fakes."""
+    for module in (attention, linear_loss):
+        monkeypatch.setattr(module, "why_no_kernel", lambda *kind: "")
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *device: False)
+    config = GPTConfig(
+        vocab_size=300,
+        context_length=64,
+        emb_dim=128,
+        n_heads=2,
+        n_layers=2,
+        drop_rate=drop_rate,
+        tie_weights=tied,
+    )
+    with torch.device("meta"):
+        model = GPT(config)
+        ids = torch.zeros(4, 64, dtype=torch.int64)
+    with ops.backend(impl):
+        loss = model.loss(ids, ids)
+    loss.backward()
+    assert loss.is_meta and all(p.grad is not None for p in model.parameters())

@@ -14,13 +14,15 @@ def tied_embedding(ids: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 
     The gradient of a head has every row of the weight (V, C). Left to itself autograd makes a
     second matrix for the rows that were looked up and a third for the sum; this adds them to the
-    head's. Under torch.compile, and without gradients, there is nothing to win.
+    head's. Under torch.compile, and without gradients, there is nothing to win; on a GPU index_add_
+    would not repeat to the bit.
 
     >>> rows, head = tied_embedding(torch.tensor([1]), torch.eye(2))
     >>> rows
     tensor([[0., 1.]])
     """
-    if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and weight.requires_grad):
+    learns = torch.is_grad_enabled() and weight.requires_grad
+    if not learns or weight.is_cuda or torch.compiler.is_compiling():
         return F.embedding(ids, weight), weight
     return _TiedEmbedding.apply(ids, weight)  # type: ignore[no-any-return,no-untyped-call]
 

@@ -41,12 +41,14 @@ def add_norm(
             f"{tuple(branch.shape)}, {tuple(weight.shape)} and {tuple(bias.shape)}"
         )
     dtype = autocast_dtype(x)
+    on_cpu = x.device.type == "cpu" and not torch.compiler.is_compiling()
+    if impl == "auto" and not on_cpu:
+        impl = "torch"  # in `backend("native")` too: there is no other
     native = (
-        x.device.type == "cpu"
+        on_cpu
         and x.dtype == weight.dtype == bias.dtype == torch.float32
         and branch.dtype == dtype in DTYPES
         and x.numel() > 0
-        and not torch.compiler.is_compiling()
     )
     learns = torch.is_grad_enabled() and x.numel() >= _FEW
     match resolve(impl, native=native, auto=learns):
