@@ -2,9 +2,13 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <cmath>
+#include <initializer_list>
+#include <optional>
 #include <vector>
 
-#include "core/blocks.h"
+#include "bindings_tensors.h"
 #include "core/error.h"
 #include "core/isa.h"
 #include "core/parallel.h"
@@ -28,49 +32,13 @@ void bind_machine(py::module_& m) {
   m.def("num_threads", &num_threads);
 }
 
-// A tensor as DLPack passes it on: the layout that every framework agrees on
-// (https://dmlc.github.io/dlpack), of which torch.from_dlpack makes a tensor.
-struct PassedTensor {
-  void* data;
-  int32_t device_type = 1, device = 0;  // the CPU
-  int32_t dims;
-  uint8_t type_code, type_bits;
-  uint16_t type_lanes = 1;
-  int64_t* shape;
-  int64_t* strides = nullptr;  // row-major
-  uint64_t byte_offset = 0;
-  void* owner;
-  void (*deleter)(PassedTensor*);
-};
-
-// An uninitialised tensor in a block of core/blocks.h, or None where there is none to have.
-py::object empty_block(int dtype, std::vector<int64_t> shape) {
-  const bool is_float = static_cast<DType>(dtype) == DType::kFloat32;
-  size_t bytes = is_float ? 4 : 2;
-  for (const int64_t size : shape) bytes *= static_cast<size_t>(size);
-  void* block = take_block(bytes);
-  if (!block) return py::none();
-  auto* kept = new std::vector<int64_t>(std::move(shape));
-  const uint8_t code = static_cast<DType>(dtype) == DType::kBFloat16 ? 4 : 2;
-  auto* passed = new PassedTensor{.data = block,
-                                  .dims = static_cast<int32_t>(kept->size()),
-                                  .type_code = code,
-                                  .type_bits = static_cast<uint8_t>(is_float ? 32 : 16),
-                                  .shape = kept->data(),
-                                  .owner = kept,
-                                  .deleter = [](PassedTensor* tensor) {
-                                    give_block(tensor->data);
-                                    delete static_cast<std::vector<int64_t>*>(tensor->owner);
-                                    delete tensor;
-                                  }};
-  return py::capsule(passed, "dltensor", [](PyObject* capsule) {  // renamed once it was taken over
-    if (!PyCapsule_IsValid(capsule, "dltensor")) return;
-    auto* tensor = static_cast<PassedTensor*>(PyCapsule_GetPointer(capsule, "dltensor"));
-    tensor->deleter(tensor);
+void bind_tensors(py::module_& m) {
+  m.def("set_tensor_types", &set_tensor_types);
+  m.def("keep_memory", &keep_memory);
+  m.def("empty", [](int dtype, const std::vector<int64_t>& shape) {
+    return make_tensor(static_cast<DType>(dtype), shape);
   });
 }
-
-void bind_blocks(py::module_& m) { m.def("empty_block", &empty_block); }
 
 template <class T>
 T* pointer(uintptr_t address) {
@@ -78,24 +46,44 @@ T* pointer(uintptr_t address) {
 }
 
 void bind_sample(py::module_& m) {
-  m.def("sample", [](uintptr_t logits, int dtype, int64_t rows, int64_t vocab,
-                     int64_t logits_stride, uintptr_t parameters, int64_t parameters_stride,
-                     uintptr_t uniforms, uintptr_t bias, int64_t bias_stride, uintptr_t history,
-                     int64_t history_length, uintptr_t tokens) {
-    if (rows && (!logits || !parameters || !uniforms || !tokens)) {
-      throw std::invalid_argument("sample was given a tensor without memory");
+  // logits (B, V) and bias of contiguous rows, parameters (1 or B, 7), uniforms (B,) and history
+  // (B, L) contiguous: pygpt/ops/sampling.py has checked them.
+  m.def("sample", [](py::handle logits, py::handle parameters, py::handle uniforms,
+                     std::optional<py::handle> bias, std::optional<py::handle> history) {
+    const PassedTensor z = read_tensor(logits), settings = read_tensor(parameters);
+    SampleArgs a{};
+    a.logits = z.as<void>();
+    a.dtype = z.dtype().value();
+    a.rows = z.shape[0];
+    a.vocab = z.shape[1];
+    a.logits_stride = z.strides[0];
+    a.parameters = settings.as<SampleParameters>();
+    a.parameters_stride = settings.shape[0] > 1 ? 1 : 0;
+    a.uniforms = read_tensor(uniforms).as<double>();
+    if (bias) {
+      const PassedTensor added = read_tensor(*bias);
+      a.bias = added.as<float>();
+      a.bias_stride = added.strides[0];
     }
-    const py::gil_scoped_release release;
-    cpu_kernels().sample({pointer<void>(logits), static_cast<DType>(dtype), rows, vocab,
-                          logits_stride, pointer<SampleParameters>(parameters), parameters_stride,
-                          pointer<double>(uniforms), pointer<float>(bias), bias_stride,
-                          pointer<int64_t>(history), history_length, pointer<int64_t>(tokens)});
-    for (int64_t row = 0; row < rows; ++row) {
-      if (pointer<int64_t>(tokens)[row] >= 0) continue;
+    if (history) {
+      const PassedTensor before = read_tensor(*history);
+      a.history = before.as<int64_t>();
+      a.history_length = before.shape[1];
+    }
+    void* place;
+    py::object tokens = make_tensor({}, {a.rows}, &place);
+    a.tokens = static_cast<int64_t*>(place);
+    {
+      const py::gil_scoped_release release;
+      cpu_kernels().sample(a);
+    }
+    for (int64_t row = 0; row < a.rows; ++row) {
+      if (a.tokens[row] >= 0) continue;
       throw std::invalid_argument("row " + std::to_string(row) +
                                   " of logits has NaN, +inf or no finite value; look at the model "
                                   "that made it");
     }
+    return tokens;
   });
 }
 
@@ -137,67 +125,123 @@ void bind_cross_entropy(py::module_& m) {
   });
 }
 
-using AttentionShape = std::array<int64_t, 6>;    // batch, queries, keys, heads, kv_heads, dim
-using AttentionPlace = std::array<uintptr_t, 4>;  // address and strides of batch, row, head
+// The tensors and settings of a call of attention, as pygpt/ops/attention.py passes them on.
+struct AttentionCall {
+  py::handle q, k, v;
+  double scale;
+  int64_t window;
+  std::optional<py::handle> document_ids, kv_lengths;
+  double dropout_p;
+  std::optional<py::handle> seed;
+};
 
-AttentionArgs attention_args(int dtype, const AttentionShape& shape, double scale, int64_t window,
-                             uintptr_t document_ids, uintptr_t kv_lengths, double dropout_p,
-                             uintptr_t seed) {
-  const auto [batch, queries, keys, heads, kv_heads, dim] = shape;
+AttentionTensor attention_tensor(const PassedTensor& x) {
+  return {x.as<void>(), x.strides[0], x.strides[1], x.strides[2]};
+}
+
+AttentionArgs attention_args(const AttentionCall& call) {
+  const PassedTensor q = read_tensor(call.q), k = read_tensor(call.k), v = read_tensor(call.v);
   AttentionArgs a{};
-  a.dtype = static_cast<DType>(dtype);
-  a.batch = batch;
-  a.queries = queries;
-  a.keys = keys;
-  a.heads = heads;
-  a.kv_heads = kv_heads;
-  a.dim = dim;
-  a.scale = static_cast<float>(scale);
-  a.window = window;
-  a.document_ids = pointer<int32_t>(document_ids);
-  a.kv_lengths = pointer<int32_t>(kv_lengths);
-  a.dropout_p = dropout_p;
-  if (dropout_p > 0) {
-    if (!seed) throw std::invalid_argument("attention with dropout was given no seed");
-    a.seed = *pointer<uint64_t>(seed);
+  a.dtype = q.dtype().value();
+  a.batch = q.shape[0];
+  a.queries = q.shape[1];
+  a.keys = k.shape[1];
+  a.heads = q.shape[2];
+  a.kv_heads = k.shape[2];
+  a.dim = q.shape[3];
+  a.scale = static_cast<float>(call.scale);
+  a.window = call.window;
+  if (call.document_ids) a.document_ids = read_tensor(*call.document_ids).as<int32_t>();
+  if (call.kv_lengths) a.kv_lengths = read_tensor(*call.kv_lengths).as<int32_t>();
+  a.dropout_p = call.dropout_p;
+  if (a.dropout_p > 0) {
+    if (!call.seed) throw std::invalid_argument("attention with dropout was given no seed");
+    a.seed = *read_tensor(*call.seed).as<uint64_t>();
   }
+  a.q = attention_tensor(q);
+  a.k = attention_tensor(k);
+  a.v = attention_tensor(v);
   return a;
 }
 
-AttentionTensor attention_tensor(const AttentionPlace& place) {
-  if (!place[0]) throw std::invalid_argument("attention was given a tensor without memory");
-  return {pointer<void>(place[0]), static_cast<int64_t>(place[1]), static_cast<int64_t>(place[2]),
-          static_cast<int64_t>(place[3])};
+// A tensor of the kernel's own, contiguous.
+py::object new_attention_tensor(DType dtype, int64_t batch, int64_t rows, int64_t heads,
+                                int64_t dim, AttentionTensor* tensor) {
+  py::object made = make_tensor(dtype, {batch, rows, heads, dim}, &tensor->data);
+  tensor->head = dim;
+  tensor->row = heads * dim;
+  tensor->batch = rows * tensor->row;
+  return made;
+}
+
+// Whether these are plain tensors on the CPU that fit together, so that nothing is to be converted
+// or said. What does not fit pygpt/ops/attention.py treats or names.
+bool attention_fits(py::handle q, py::handle k, py::handle v, std::optional<double> scale,
+                    std::optional<int64_t> window, std::optional<py::handle> document_ids,
+                    std::optional<py::handle> kv_lengths, double dropout_p,
+                    std::optional<py::handle> seed) {
+  const auto queries = read_plain_tensor(q), keys = read_plain_tensor(k),
+             values = read_plain_tensor(v);
+  if (!queries || !keys || !values) return false;
+  for (const PassedTensor& x : {*queries, *keys, *values}) {
+    if (x.dims != 4 || !x.dtype() || x.dtype() != queries->dtype() || x.strides[3] != 1) {
+      return false;
+    }
+    if (x.shape[0] != queries->shape[0] || x.shape[3] != queries->shape[3]) return false;
+  }
+  const int64_t kv_heads = keys->shape[2], dim = queries->shape[3];
+  const bool fit = keys->shape[1] == values->shape[1] && keys->shape[1] >= queries->shape[1] &&
+                   kv_heads == values->shape[2] && kv_heads > 0 &&
+                   queries->shape[2] % kv_heads == 0 && dim % 8 == 0 && dim > 0 && dim <= 256;
+  if (!fit || !(scale.value_or(1) > 0 && std::isfinite(scale.value_or(1)))) return false;
+  if (window.value_or(1) < 1 || !(dropout_p >= 0 && dropout_p < 1)) return false;
+  const auto vector_fits = [](std::optional<py::handle> object, int bits,
+                              std::initializer_list<int64_t> shape) {
+    if (!object) return true;
+    const auto x = read_plain_tensor(*object);
+    return x && x->is_int(bits) &&
+           std::equal(x->shape, x->shape + x->dims, shape.begin(), shape.end()) &&
+           x->is_contiguous();
+  };
+  const int64_t batch = queries->shape[0];
+  return vector_fits(document_ids, 32, {batch, keys->shape[1]}) &&
+         vector_fits(kv_lengths, 32, {batch}) && vector_fits(seed, 64, {1});
 }
 
 void bind_attention(py::module_& m) {
-  m.def(
-      "attention_forward", [](int dtype, const AttentionShape& shape, double scale, int64_t window,
-                              uintptr_t document_ids, uintptr_t kv_lengths, double dropout_p,
-                              uintptr_t seed, const AttentionPlace& q, const AttentionPlace& k,
-                              const AttentionPlace& v, const AttentionPlace& out, uintptr_t lse) {
-        AttentionArgs a =
-            attention_args(dtype, shape, scale, window, document_ids, kv_lengths, dropout_p, seed);
-        a.q = attention_tensor(q);
-        a.k = attention_tensor(k);
-        a.v = attention_tensor(v);
-        a.out = attention_tensor(out);
-        a.lse = pointer<float>(lse);
-        const py::gil_scoped_release release;
-        cpu_kernels().attention_forward(a);
-      });
-  m.def("attention_backward", [](int dtype, const AttentionShape& shape, double scale,
-                                 int64_t window, uintptr_t document_ids, uintptr_t kv_lengths,
-                                 double dropout_p, uintptr_t seed,
-                                 const std::array<AttentionPlace, 8>& tensors, uintptr_t lse) {
+  m.def("attention_fits", &attention_fits);
+  // The result; the log-sum-exps go to `lse`, (B, H, T) float32, where given.
+  m.def("attention_forward", [](py::handle q, py::handle k, py::handle v, double scale,
+                                int64_t window, std::optional<py::handle> document_ids,
+                                std::optional<py::handle> kv_lengths, double dropout_p,
+                                std::optional<py::handle> seed, std::optional<py::handle> lse) {
     AttentionArgs a =
-        attention_args(dtype, shape, scale, window, document_ids, kv_lengths, dropout_p, seed);
-    AttentionTensor* const slots[] = {&a.q, &a.k, &a.v, &a.out, &a.dout, &a.dq, &a.dk, &a.dv};
-    for (int i = 0; i < 8; ++i) *slots[i] = attention_tensor(tensors[i]);
-    a.lse = pointer<float>(lse);
+        attention_args({q, k, v, scale, window, document_ids, kv_lengths, dropout_p, seed});
+    py::object out = new_attention_tensor(a.dtype, a.batch, a.queries, a.heads, a.dim, &a.out);
+    if (lse) a.lse = read_tensor(*lse).as<float>();
     const py::gil_scoped_release release;
-    cpu_kernels().attention_backward(a);
+    if (a.batch * a.queries * a.heads > 0) cpu_kernels().attention_forward(a);
+    return out;
   });
+  // The gradients of q, k and v, for `dout` of the result.
+  m.def("attention_backward",
+        [](py::handle dout, py::handle q, py::handle k, py::handle v, py::handle out,
+           py::handle lse, double scale, int64_t window, std::optional<py::handle> document_ids,
+           std::optional<py::handle> kv_lengths, double dropout_p, std::optional<py::handle> seed) {
+          AttentionArgs a =
+              attention_args({q, k, v, scale, window, document_ids, kv_lengths, dropout_p, seed});
+          a.dout = attention_tensor(read_tensor(dout));
+          a.out = attention_tensor(read_tensor(out));
+          a.lse = read_tensor(lse).as<float>();
+          py::object dq = new_attention_tensor(a.dtype, a.batch, a.queries, a.heads, a.dim, &a.dq);
+          py::object dk = new_attention_tensor(a.dtype, a.batch, a.keys, a.kv_heads, a.dim, &a.dk);
+          py::object dv = new_attention_tensor(a.dtype, a.batch, a.keys, a.kv_heads, a.dim, &a.dv);
+          {
+            const py::gil_scoped_release release;
+            cpu_kernels().attention_backward(a);
+          }
+          return py::make_tuple(dq, dk, dv);
+        });
 }
 
 void bind_gemm(py::module_& m) {
@@ -302,7 +346,7 @@ PYBIND11_MODULE(_native, m) {
   py::register_local_exception_translator(&translate);
   current_isa();  // an unknown PYGPT_ISA is an error here, not at the first call
   bind_machine(m);
-  bind_blocks(m);
+  bind_tensors(m);
   bind_tokenizer(m);
   bind_cuda(m);
   bind_attention(m);

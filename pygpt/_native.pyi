@@ -5,12 +5,15 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 def isa() -> str: ...
 def available_isas() -> list[str]: ...
 def set_torch_threads(arg0: int, arg1: int) -> None: ...
 def num_threads() -> int: ...
-def empty_block(arg0: int, arg1: Sequence[int]) -> object: ...
+def set_tensor_types(arg0: type[Tensor], arg1: type[Tensor]) -> None: ...
+def keep_memory() -> None: ...
+def empty(arg0: int, arg1: Sequence[int]) -> Tensor: ...
 def cuda_info() -> dict[str, Any]: ...
 def cuda_problem(arg0: int) -> str: ...
 
@@ -63,48 +66,46 @@ def cuda_cross_entropy(
     arg9: int,
     arg10: int,
 ) -> None: ...
+def attention_fits(
+    arg0: Tensor,
+    arg1: Tensor,
+    arg2: Tensor,
+    arg3: float | None,
+    arg4: int | None,
+    arg5: Tensor | None,
+    arg6: Tensor | None,
+    arg7: float,
+    arg8: Tensor | None,
+) -> bool: ...
 def attention_forward(
-    arg0: int,
-    arg1: tuple[int, int, int, int, int, int],
-    arg2: float,
-    arg3: int,
+    arg0: Tensor,
+    arg1: Tensor,
+    arg2: Tensor,
+    arg3: float,
     arg4: int,
-    arg5: int,
-    arg6: float,
-    arg7: int,
-    arg8: tuple[int, int, int, int],
-    arg9: tuple[int, int, int, int],
-    arg10: tuple[int, int, int, int],
-    arg11: tuple[int, int, int, int],
-    arg12: int,
-) -> None: ...
+    arg5: Tensor | None,
+    arg6: Tensor | None,
+    arg7: float,
+    arg8: Tensor | None,
+    arg9: Tensor | None,
+) -> Tensor: ...
 def attention_backward(
-    arg0: int,
-    arg1: tuple[int, int, int, int, int, int],
-    arg2: float,
-    arg3: int,
-    arg4: int,
-    arg5: int,
+    arg0: Tensor,
+    arg1: Tensor,
+    arg2: Tensor,
+    arg3: Tensor,
+    arg4: Tensor,
+    arg5: Tensor,
     arg6: float,
     arg7: int,
-    arg8: list[tuple[int, int, int, int]],
-    arg9: int,
-) -> None: ...
+    arg8: Tensor | None,
+    arg9: Tensor | None,
+    arg10: float,
+    arg11: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]: ...
 def sample(
-    arg0: int,
-    arg1: int,
-    arg2: int,
-    arg3: int,
-    arg4: int,
-    arg5: int,
-    arg6: int,
-    arg7: int,
-    arg8: int,
-    arg9: int,
-    arg10: int,
-    arg11: int,
-    arg12: int,
-) -> None: ...
+    arg0: Tensor, arg1: Tensor, arg2: Tensor, arg3: Tensor | None, arg4: Tensor | None
+) -> Tensor: ...
 def gemm(
     arg0: int,
     arg1: int,

@@ -216,13 +216,22 @@ def test_opcheck(masks):
     opcheck(torch.ops.pygpt.causal_attention_backward.default, arguments)
 
 
-def test_a_call_past_torchs_dispatcher_gives_what_the_op_gives():
-    q, k, v, _ = tensors(2, 6, 9, 4, 2, 16)
-    straight = ops.causal_attention(q, k, v, window=4, impl="native")
-    op = ops.causal_attention(q.requires_grad_(), k, v, window=4, impl="native")
-    assert torch.equal(straight, op) and not straight.requires_grad and op.requires_grad
+@pytest.mark.parametrize("options", [{}, {"window": 4, "dropout_p": 0.2}, {"kv_lengths": (5, 9)}])
+def test_a_call_past_torchs_dispatcher_gives_what_the_op_gives(options):
+    q, k, v, dout = tensors(2, 6, 9, 4, 2, 16)
+    seed = torch.tensor([7])
+    if lengths := options.get("kv_lengths"):
+        options = {"kv_lengths": torch.tensor(lengths, dtype=torch.int32)}
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    direct = ops.causal_attention(*inputs, **options, seed=seed, impl="native")
+    window, lengths, p = (options.get(name) for name in ("window", "kv_lengths", "dropout_p"))
+    seen = torch.ops.pygpt.causal_attention(*inputs, 0.25, window or 0, None, lengths, p or 0, seed)
+    assert torch.equal(direct, seen[0])
+    pairs = zip(*(torch.autograd.grad(out, inputs, dout) for out in (direct, seen[0])), strict=True)
+    assert all(torch.equal(*pair) for pair in pairs)
     with torch.no_grad():
-        assert torch.equal(ops.causal_attention(q, k, v, window=4, impl="native"), op)
+        alone = ops.causal_attention(*inputs, **options, seed=seed, impl="native")
+    assert torch.equal(alone, direct) and not alone.requires_grad
 
 
 def test_tracers_and_transforms_see_the_op():
@@ -359,9 +368,11 @@ def test_bad_arguments_are_named(change, message):
         ops.causal_attention(**{"q": q, "k": k, "v": v, **change})
 
 
-def test_the_binding_refuses_tensors_without_memory():
-    place = (0, 8, 8, 8)
-    with pytest.raises(ValueError, match="without memory"):
-        _native.attention_forward(
-            0, (1, 1, 1, 1, 1, 8), 1.0, 0, 0, 0, 0.0, 0, place, place, place, place, 0
-        )
+@pytest.mark.parametrize(("device", "message"), [("cpu", "no memory"), ("meta", "meta")])
+def test_the_binding_refuses_tensors_without_memory(device, message):
+    x = torch.empty(1, 1, 1, 8, device=device)
+    if device == "cpu":
+        x.untyped_storage().resize_(0)
+    assert not _native.attention_fits(x, x, x, None, None, None, None, 0.0, None)
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        _native.attention_forward(x, x, x, 1.0, 0, None, None, 0.0, None, None)

@@ -47,7 +47,7 @@ def test_a_freed_block_is_given_again():
 def test_a_tensor_that_nobody_made_gives_its_block_back():
     before = empty(torch.empty(0), (1 << 20,)).data_ptr() // 4096
     for _ in range(3):
-        _native.empty_block(0, (1 << 20,))
+        _native.empty(0, (1 << 20,))
     assert empty(torch.empty(0), (1 << 20,)).data_ptr() // 4096 == before
 
 

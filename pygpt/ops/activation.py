@@ -33,7 +33,7 @@ def gelu(x: Tensor, *, impl: Impl = "auto") -> Tensor:
     if impl == "auto" and x.device.type != "cpu":
         return F.gelu(x, approximate="tanh")  # in `backend("native")` too: there is no other
     if resolve(impl, native=x.device.type == "cpu" and x.dtype in DTYPES) == "native":
-        return torch.ops.pygpt.gelu(x)  # type: ignore[no-any-return]
+        return _gelu(x)  # type: ignore[no-any-return]
     return F.gelu(x, approximate="tanh")
 
 
@@ -54,11 +54,11 @@ def _save(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor) -> Tensor:
-    return torch.ops.pygpt.gelu_backward(*ctx.saved_tensors, grad)  # type: ignore[no-any-return]
+    return _gelu_backward(*ctx.saved_tensors, grad)  # type: ignore[no-any-return]
 
 
-register("gelu(Tensor x) -> Tensor", _fake, cpu=_pass, save=_save, backward=_backward)
-register("gelu_backward(Tensor x, Tensor grad) -> Tensor", _fake, cpu=_pass)
+_gelu = register("gelu(Tensor x) -> Tensor", _fake, cpu=_pass, save=_save, backward=_backward)
+_gelu_backward = register("gelu_backward(Tensor x, Tensor grad) -> Tensor", _fake, cpu=_pass)
 
 
 def gelu_linear(
@@ -79,7 +79,7 @@ def gelu_linear(
     native = x.device.type == "cpu" and fits
     learns = torch.is_grad_enabled() and x.numel() >= FEW_ROWS * x.shape[-1]
     if resolve(impl, native=native, auto=learns) == "native":
-        return torch.ops.pygpt.gelu_linear(x, weight, bias)  # type: ignore[no-any-return]
+        return _gelu_linear(x, weight, bias)  # type: ignore[no-any-return]
     return linear(gelu(x, impl=impl), weight, bias, impl=impl)
 
 
@@ -96,4 +96,4 @@ def _gelu_linear_gradients(
     return _pass(x, dhidden) if needed[0] else dhidden, dweight, dbias
 
 
-register_linear("gelu_linear", _gelu_linear_native, _gelu_linear_gradients)
+_gelu_linear = register_linear("gelu_linear", _gelu_linear_native, _gelu_linear_gradients)

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pygpt import _native, reference
-from pygpt.ops.dispatch import Impl, auto_takes, resolve, why_no_kernel
-from pygpt.ops.native import DTYPES, address, empty, launch, needs_dispatcher, register, rows
+from pygpt.ops.dispatch import Impl, auto_takes, resolve, takes_native, why_no_kernel
+from pygpt.ops.native import DTYPES, address, empty, launch, register, rows
 
 
 def causal_attention(
@@ -41,36 +41,44 @@ def causal_attention(
     from torch's generator by default; the "torch" backend draws for itself.
 
     Native for float32, bfloat16 and float16 and D a multiple of 8, up to 256 on the CPU and 128 on
-    CUDA; "auto" leaves to torch what is too little for a call to pay. It can be differentiated
-    once.
+    CUDA; it can be differentiated once.
 
     >>> q = k = v = torch.eye(8).reshape(1, 8, 1, 8)
     >>> causal_attention(q, k, v)[0, 1, 0, :3]
     tensor([0.4125, 0.5875, 0.0000])
     """
-    scale = _check(q, k, v, scale, window, document_ids, kv_lengths, dropout_p, seed)
-    if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(q.device.type)
+    device = "cpu" if q.is_cpu else q.device.type
+    if torch.is_autocast_enabled(device) and q.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    if takes_native(impl) and _native.attention_fits(
+        q, k, v, scale, window, document_ids, kv_lengths, dropout_p, seed
+    ):
+        if dropout_p and seed is None:
+            seed = _draw_seed(q)
+        scale = q.shape[3] ** -0.5 if scale is None else scale
+        options = (scale, window or 0, document_ids, kv_lengths, dropout_p, seed)
+        if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+            return _attention.direct(q, k, v, *options)[0]  # type: ignore[no-any-return]
+        return _native.attention_forward(q, k, v, *options, None)
+    scale = _check(q, k, v, scale, window, document_ids, kv_lengths, dropout_p, seed)
     why_not = why_no_kernel(q.device, q.dtype, q.shape[-1])
-    plain = window is None and document_ids is None and kv_lengths is None and not dropout_p
-    straight = q.is_cpu and not needs_dispatcher(q, k, v)
     chosen = resolve(
         impl,
         native=not why_not,
-        auto=auto_takes("causal_attention", q.device, q.dtype)
-        and (straight or not (q.is_cpu and plain and _is_little(q, k, v))),
+        auto=auto_takes("causal_attention", q.device, q.dtype),
         tensors=f"causal attention on {why_not}",
     )
     if dropout_p and seed is None and chosen != "torch":
-        seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=q.device)
+        seed = _draw_seed(q)
     if chosen == "native":
-        q, k, v = rows(q), rows(k), rows(v)
+        vectors = (
+            None if x is None else x.to(q.device).contiguous()
+            for x in (document_ids, kv_lengths, seed)
+        )
+        document_ids, kv_lengths, seed = vectors
         options = (scale, window or 0, document_ids, kv_lengths, dropout_p, seed)
-        if straight:
-            return _infer(q, k, v, *options)
-        out: Tensor = torch.ops.pygpt.causal_attention(q, k, v, *options)[0]
-        return out
+        return _attention(rows(q), rows(k), rows(v), *options)[0]  # type: ignore[no-any-return]
     if chosen == "torch":
         return _torch(q, k, v, scale, window, document_ids, kv_lengths, dropout_p)
     return reference.causal_attention(
@@ -78,17 +86,8 @@ def causal_attention(
     )
 
 
-def _is_little(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether torch is done before a call of ours has begun, as measured on two cores of Zen 5."""
-    (b, t, h, d), s = q.shape, k.shape[1]
-    if t not in (1, s):
-        return False
-    learns = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    if q.dtype == torch.float32:
-        most = 3 << 18
-    else:
-        most = 1 << 16 if learns or t == 1 else 1 << 18
-    return b * h * t * s * d <= most
+def _draw_seed(q: Tensor) -> Tensor:
+    return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=q.device)
 
 
 def _check(
@@ -194,20 +193,17 @@ def _arguments(
     seed: Tensor | None,
 ) -> tuple[
     tuple[int, tuple[int, int, int, int, int, int], float, int, int, int, float, int],
-    list[Tensor | None],
+    Tensor | None,
 ]:
-    """What forward and backward have in common, and the tensors it points to."""
+    """What CUDA's forward and backward have in common, and the tensor made for it."""
     (b, t, h, d), (_, s, h_kv, _) = q.shape, k.shape
-    if q.is_cuda and document_ids is not None:  # as the position where each one's document starts
-        ids = document_ids.contiguous()
-        document_ids = torch.searchsorted(ids, ids, out_int32=True)
-    kept = [
-        None if x is None else x.to(q.device).contiguous() for x in (document_ids, kv_lengths, seed)
-    ]
-    documents, lengths, seed_place = (address(x) for x in kept)
+    starts = document_ids
+    if document_ids is not None:  # as the position where each one's document starts
+        starts = torch.searchsorted(document_ids, document_ids, out_int32=True)
+    documents, lengths, seed_place = (address(x) for x in (starts, kv_lengths, seed))
     sizes = (b, t, s, h, h_kv, d)
     common = (DTYPES[q.dtype], sizes, scale, window, documents, lengths, dropout_p, seed_place)
-    return common, kept
+    return common, starts
 
 
 def _forward_fake(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -215,20 +211,10 @@ def _forward_fake(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return empty(q, q.shape), empty(q, (b, h, t), torch.float32)
 
 
-def _infer(q: Tensor, k: Tensor, v: Tensor, *options: Any, lse: Tensor | None = None) -> Tensor:
-    out = empty(q, q.shape)
-    common, _kept = _arguments(q, k, *options)
-    if out.numel():
-        _native.attention_forward(
-            *common, _place(q), _place(k), _place(v), _place(out), address(lse)
-        )
-    return out
-
-
 def _forward_cpu(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
     b, t, h, _ = q.shape
     lse = empty(q, (b, h, t), torch.float32)
-    return _infer(q, k, v, *options, lse=lse), lse
+    return _native.attention_forward(q, k, v, *(*options, lse)), lse
 
 
 def _forward_cuda(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
@@ -261,18 +247,20 @@ def _backward_fake(
     return empty(q, q.shape), empty(k, k.shape), empty(v, v.shape)
 
 
-def _backward_native(
+def _backward_cpu(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *options: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    if not q.numel():
+        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    return _native.attention_backward(rows(dout), q, k, v, out, lse, *options)
+
+
+def _backward_cuda(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     dq, dk, dv = _backward_fake(dout, q, k, v)
     if not q.numel():
         return dq, dk.zero_(), dv.zero_()
-    if not q.is_cuda:
-        dout, out, lse = rows(dout), rows(out), lse.contiguous()
-        common, _kept = _arguments(q, k, *options)
-        tensors = (q, k, v, out, dout, dq, dk, dv)
-        _native.attention_backward(*common, [_place(x) for x in tensors], lse.data_ptr())
-        return dq, dk, dv
     dout, q, k, v, out = (_in_chunks(x) for x in (dout, q, k, v, out))
     common, _kept = _arguments(q, k, *options)
     delta = torch.empty_like(lse)
@@ -299,7 +287,7 @@ def _backward(ctx: Any, dout: Tensor | None, dlse: None) -> tuple[Any, ...]:
         return (None,) * 9
     *tensors, document_ids, kv_lengths, seed = ctx.saved_tensors
     options = (ctx.scale, ctx.window, document_ids, kv_lengths, ctx.dropout_p, seed)
-    gradients = torch.ops.pygpt.causal_attention_backward(dout, *tensors, *options)
+    gradients = _attention_backward(dout, *tensors, *options)
     return (*gradients, None, None, None, None, None, None)
 
 
@@ -309,7 +297,7 @@ def _twice(ctx: Any, *gradients: Tensor) -> None:
     )
 
 
-register(
+_attention = register(
     f"causal_attention(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor, Tensor)",
     _forward_fake,
     cpu=_forward_cpu,
@@ -317,11 +305,11 @@ register(
     save=_save,
     backward=_backward,
 )
-register(
+_attention_backward = register(
     "causal_attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
     f"{_OPTIONS}) -> (Tensor, Tensor, Tensor)",
     _backward_fake,
-    cpu=_backward_native,
-    cuda=_backward_native,
+    cpu=_backward_cpu,
+    cuda=_backward_cuda,
     backward=_twice,
 )

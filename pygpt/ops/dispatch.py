@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from pygpt import _native
-from pygpt.ops.native import DTYPES
+from pygpt.ops.native import DTYPES, watched
 
 Impl = Literal["auto", "native", "torch", "reference"]
 
@@ -100,6 +100,11 @@ def resolve(impl: Impl, *, native: bool, auto: bool = True, tensors: str = "thes
     if impl == "native" and not native:
         raise ValueError(f"impl='native' has no kernel for {tensors}; use impl='auto'")
     return impl
+
+
+def takes_native(impl: Impl) -> bool:
+    """Whether a call on the CPU, where a kernel fits, may go to it past torch's dispatcher."""
+    return (_backend if impl == "auto" else impl) in ("auto", "native") and not watched()
 
 
 def chosen_backend(

@@ -70,7 +70,7 @@ def linear_cross_entropy(
         case "native":
             together = torch.is_grad_enabled() and reduction != "none"
             wanted = [together and y is not None and y.requires_grad for y in (x, weight, bias)]
-            return torch.ops.pygpt.linear_cross_entropy(  # type: ignore[no-any-return]
+            return _linear_cross_entropy(  # type: ignore[no-any-return]
                 x, weight, bias, targets, ignore_index, reduction, dtype, wanted
             )[0]
         case "torch":
@@ -199,7 +199,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 def _backward(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
     needed = list(ctx.needs_input_grad[:3])
     if ctx.reduction == "none":
-        gradients = torch.ops.pygpt.linear_cross_entropy_backward(
+        gradients = _linear_cross_entropy_backward(
             grad, *ctx.saved_tensors, ctx.ignore_index, ctx.dtype, needed
         )
     else:
@@ -211,7 +211,7 @@ def _backward(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
 
 
 _INPUTS = "Tensor x, Tensor weight, Tensor? bias, Tensor targets, int ignore_index"
-register(
+_linear_cross_entropy = register(
     f"linear_cross_entropy({_INPUTS}, str reduction, ScalarType dtype, bool[] wanted) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
     _fake,
@@ -220,7 +220,7 @@ register(
     save=_save,
     backward=_backward,
 )
-register(
+_linear_cross_entropy_backward = register(
     f"linear_cross_entropy_backward(Tensor grad, {_INPUTS}, ScalarType dtype, bool[] wanted) "
     "-> (Tensor, Tensor, Tensor)",
     _backward_fake,

@@ -43,7 +43,7 @@ def cross_entropy(
             needed = logits.requires_grad and torch.is_grad_enabled()
             if inplace and needed and reduction != "none" and not torch.compiler.is_compiling():
                 return _Inplace.apply(logits, targets, ignore_index, reduction)  # type: ignore[no-any-return,no-untyped-call]
-            loss, _ = torch.ops.pygpt.cross_entropy(
+            loss, _ = _cross_entropy(
                 logits, targets, ignore_index, reduction, needed and reduction != "none"
             )
             return loss  # type: ignore[no-any-return]
@@ -223,15 +223,13 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
     if ctx.reduction == "none":
-        gradient = torch.ops.pygpt.cross_entropy_backward(
-            grad, *ctx.saved_tensors, ctx.ignore_index
-        )
+        gradient = _cross_entropy_backward(grad, *ctx.saved_tensors, ctx.ignore_index)
     else:
         gradient = times(ctx.saved_tensors[0], grad)
     return gradient, None, None, None, None
 
 
-register(
+_cross_entropy = register(
     "cross_entropy(Tensor logits, Tensor targets, int ignore_index, str reduction, "
     "bool with_gradient) -> (Tensor, Tensor)",
     _fake,
@@ -240,7 +238,7 @@ register(
     save=_save,
     backward=_backward,
 )
-register(
+_cross_entropy_backward = register(
     "cross_entropy_backward(Tensor grad, Tensor logits, Tensor targets, int ignore_index) "
     "-> Tensor",
     _backward_fake,

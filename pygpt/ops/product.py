@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from pygpt import _native
 from pygpt.ops.dispatch import Impl, resolve
-from pygpt.ops.native import DTYPES, address, empty, register
+from pygpt.ops.native import DTYPES, Op, address, empty, register
 
 # Below this many rows reading the weights dominates, and torch's product is as good.
 FEW_ROWS = 64
@@ -42,7 +42,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, impl: Impl 
     many = native and x.numel() >= FEW_ROWS * x.shape[-1]
     wins = own_wins(dtype) if dtype == torch.float32 else torch.is_grad_enabled()
     if resolve(impl, native=native, auto=many and wins) == "native":
-        return torch.ops.pygpt.linear(x.to(dtype), weight, bias)  # type: ignore[no-any-return]
+        return _linear(x.to(dtype), weight, bias)  # type: ignore[no-any-return]
     return F.linear(x, weight, bias)
 
 
@@ -222,24 +222,24 @@ def linear_backward(
     return tuple(g if need else None for g, need in zip(gradients, needed, strict=True))
 
 
-def register_linear(name: str, forward: Callable[..., Any], gradients: Callable[..., Any]) -> None:
+def register_linear(name: str, forward: Callable[..., Any], gradients: Callable[..., Any]) -> Op:
     """Make an op with the arguments and derivative of `linear`, and its backward op."""
-    register(
+    backward = register(
         f"{name}_backward(Tensor grad, Tensor x, Tensor weight, bool[] needed) "
         "-> (Tensor, Tensor, Tensor)",
         lambda grad, *inputs: empty_gradients(*inputs),
         cpu=gradients,
     )
-    register(
+    return register(
         f"{name}(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
         linear_fake,
         cpu=forward,
         save=linear_save,
-        backward=functools.partial(linear_backward, getattr(torch.ops.pygpt, f"{name}_backward")),
+        backward=functools.partial(linear_backward, backward),
     )
 
 
-register_linear(
+_linear = register_linear(
     "linear",
     functools.partial(linear_native, _own_product),
     functools.partial(linear_gradients, _own_product),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from pygpt import _native, reference
 from pygpt.ops.dispatch import Impl, auto_takes, resolve, why_no_kernel
-from pygpt.ops.native import DTYPES, address, launch, needs_dispatcher, register, rows
+from pygpt.ops.native import DTYPES, address, launch, register, rows, watched
 
 
 class Sampled(NamedTuple):
@@ -104,9 +105,7 @@ def sample(
     native = not why_no_kernel(logits.device, logits.dtype)
     match resolve(impl, native=native, auto=auto_takes("sample", logits.device, logits.dtype)):
         case "native":
-            # The dispatcher costs more than a twentieth of a call.
-            straight = not needs_dispatcher(logits)
-            tokens = _native_tokens(*inputs) if straight else torch.ops.pygpt.sample(*inputs)
+            tokens = _sample(*inputs)
         case "torch":
             tokens = sample_torch(*inputs)
             if on_cpu and bool((tokens < 0).any()):
@@ -127,20 +126,18 @@ def sample(
 def _parameters(logits: Tensor, values: tuple[float | Tensor, ...]) -> Tensor:
     """The parameters as float64: (1, 7), or (B, 7) where any of them is a tensor."""
     rows = logits.shape[0]
-    for (name, (low, high)), value in zip(_RANGES.items(), values, strict=True):
-        if isinstance(value, Tensor):
-            if value.shape not in ((), (rows,)):
-                raise ValueError(
-                    f"{name} must be a number or of shape ({rows},), got {tuple(value.shape)}"
-                )
-            looked_at = value.device.type == "cpu" and not torch.compiler.is_compiling()
-            fine = not looked_at or bool(((value >= low) & (value <= high)).all())
-        else:
-            fine = low <= value <= high
-        if not fine:
-            raise ValueError(f"{name} must be in [{low:g}, {high:g}], got {value}")
     if not any(isinstance(value, Tensor) for value in values):
-        return torch.tensor([values], dtype=torch.float64, device=logits.device)
+        make = _numbers.__wrapped__ if watched() else _numbers
+        return make(values, logits.device)
+    for name, value in zip(_RANGES, values, strict=True):
+        if not isinstance(value, Tensor):
+            _check_range(name, value)
+        elif value.shape not in ((), (rows,)):
+            raise ValueError(
+                f"{name} must be a number or of shape ({rows},), got {tuple(value.shape)}"
+            )
+        elif value.device.type == "cpu" and not torch.compiler.is_compiling():
+            _check_range(name, value)
     columns = [
         torch.as_tensor(value, dtype=torch.float64, device=logits.device).expand(rows)
         for value in values
@@ -148,7 +145,37 @@ def _parameters(logits: Tensor, values: tuple[float | Tensor, ...]) -> Tensor:
     return torch.stack(columns, 1)
 
 
-def _native_tokens(
+@functools.lru_cache(64)  # a text's tokens are all drawn with the same
+def _numbers(values: tuple[float, ...], device: torch.device) -> Tensor:
+    for name, value in zip(_RANGES, values, strict=True):
+        _check_range(name, value)
+    return torch.tensor([values], dtype=torch.float64, device=device)
+
+
+def _check_range(name: str, value: float | Tensor) -> None:
+    low, high = _RANGES[name]
+    fine = (value >= low) & (value <= high)
+    if not (fine if isinstance(fine, bool) else bool(fine.all())):
+        raise ValueError(f"{name} must be in [{low:g}, {high:g}], got {value}")
+
+
+def _cpu_tokens(
+    logits: Tensor,
+    uniforms: Tensor,
+    parameters: Tensor,
+    logit_bias: Tensor | None,
+    history: Tensor | None,
+) -> Tensor:
+    return _native.sample(
+        rows(logits),
+        parameters,
+        uniforms.contiguous(),
+        None if logit_bias is None else rows(logit_bias),
+        None if history is None else history.contiguous(),
+    )
+
+
+def _cuda_tokens(
     logits: Tensor,
     uniforms: Tensor,
     parameters: Tensor,
@@ -156,12 +183,15 @@ def _native_tokens(
     history: Tensor | None,
 ) -> Tensor:
     n, vocab = logits.shape
-    logits = rows(logits)
-    logit_bias = None if logit_bias is None else rows(logit_bias)
-    uniforms, parameters = uniforms.contiguous(), parameters.contiguous()
-    history = None if history is None else history.contiguous()
     tokens = torch.empty(n, dtype=torch.int64, device=logits.device)
-    arguments = (
+    if not n:
+        return tokens
+    logits, uniforms = rows(logits), uniforms.contiguous()
+    logit_bias = None if logit_bias is None else rows(logit_bias)
+    history = None if history is None else history.contiguous()
+    keys = torch.empty((n, vocab), dtype=torch.int32, device=logits.device)
+    _native.cuda_sample(
+        launch(logits),
         logits.data_ptr(),
         DTYPES[logits.dtype],
         n,
@@ -175,12 +205,8 @@ def _native_tokens(
         address(history),
         0 if history is None else history.shape[1],
         tokens.data_ptr(),
+        keys.data_ptr(),
     )
-    if not logits.is_cuda:
-        _native.sample(*arguments)
-    elif n:
-        keys = torch.empty((n, vocab), dtype=torch.int32, device=logits.device)
-        _native.cuda_sample(launch(logits), *arguments, keys.data_ptr())
     return tokens
 
 
@@ -188,12 +214,12 @@ def _fake(logits: Tensor, *rest: Any) -> Tensor:
     return logits.new_empty(logits.shape[0], dtype=torch.int64)
 
 
-register(
+_sample = register(
     "sample(Tensor logits, Tensor uniforms, Tensor parameters, Tensor? logit_bias, "
     "Tensor? history) -> Tensor",
     _fake,
-    cpu=_native_tokens,
-    cuda=_native_tokens,
+    cpu=_cpu_tokens,
+    cuda=_cuda_tokens,
 )
 
 
