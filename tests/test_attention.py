@@ -234,6 +234,14 @@ def test_a_call_past_torchs_dispatcher_gives_what_the_op_gives(options):
     assert torch.equal(alone, direct) and not alone.requires_grad
 
 
+def test_a_single_query_that_learns_from_many_keys_is_left_to_torch():
+    q, k, v, _ = (x.requires_grad_() for x in tensors(1, 1, 9, 2, 2, 16))
+    graph = ops.causal_attention(q, k, v).grad_fn.name()
+    assert graph == ops.causal_attention(q, k, v, impl="torch").grad_fn.name()
+    for inputs, options in (((q, k, v), {"impl": "native"}), ((q, k[:, :1], v[:, :1]), {})):
+        assert ops.causal_attention(*inputs, **options).grad_fn.name() != graph
+
+
 def test_tracers_and_transforms_see_the_op():
     q, k, v, _ = tensors(1, 6, 6, 2, 2, 16)
 
