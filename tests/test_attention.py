@@ -1,5 +1,6 @@
 """Causal attention: right on every shape and mask, as accurate as torch, and a proper torch op."""
 
+import os
 import random
 
 import pytest
@@ -11,6 +12,7 @@ from pygpt import _native, ops, reference
 from pygpt.cli.display import header
 from pygpt.ops import dispatch
 
+SOAK = int(os.environ.get("PYGPT_SOAK", "1"))
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 names = {"ids": lambda x: str(x).removeprefix("torch.")}
 
@@ -30,16 +32,47 @@ def with_gradients(q, k, v, dout, dtype, **options):
     return [x.detach().double() for x in (out, *gradients)]
 
 
-def assert_as_accurate_as_torch(q, k, v, dout, **options):
-    exact = with_gradients(q, k, v, dout, torch.float64, impl="reference", **options)
-    ours = with_gradients(q, k, v, dout, q.dtype, impl="native", **options)
-    torchs = with_gradients(q, k, v, dout, q.dtype, impl="torch", **options)
+def rounding_of_summands(q, k, v, dout, window=None, document_ids=None, kv_lengths=None):
+    """What out, dq, dk, dv lose to one rounding of every score, dout v and delta = sum(dout out).
+
+    Where a sum cancels, or has one term, the naive error is one lucky draw, at times zero.
+    """
+    eps, eps_out = torch.finfo(torch.float32).eps, torch.finfo(q.dtype).eps
+    group, scale = q.shape[2] // k.shape[2], q.shape[3] ** -0.5
+    q, k, v, dout = (x.double() for x in (q, k, v, dout))
+    keys, values = (x.repeat_interleave(group, 2) for x in (k, v))
+    seen = reference.visible_keys(q.shape[1], k.shape[1], window, document_ids, kv_lengths, "cpu")
+    score = torch.einsum("bthd,bshd->bhts", q, keys) * scale
+    p = score.masked_fill(~seen[:, None], -torch.inf).softmax(-1).nan_to_num(0)
+    dp = torch.einsum("bthd,bshd->bhts", dout, values)
+    delta = (p * dp).sum(-1, keepdim=True)
+    p_loss = eps * p * (1 + score.abs())
+    ds_loss = p * (eps * (dp.abs() + score.abs() * (dp - delta).abs()) + eps_out * delta.abs())
+    ds_loss *= scale
+    return (
+        torch.einsum("bhts,bshd->bthd", p_loss, values.abs()),
+        torch.einsum("bhts,bshd->bthd", ds_loss, keys.abs()),
+        torch.einsum("bhts,bthd->bshd", ds_loss, q.abs()).unflatten(2, (-1, group)).sum(3),
+        torch.einsum("bhts,bthd->bshd", p_loss, dout.abs()).unflatten(2, (-1, group)).sum(3),
+    )
+
+
+def assert_as_accurate_as_torch(q, k, v, dout, **masks):
+    exact = with_gradients(q, k, v, dout, torch.float64, impl="reference", **masks)
+    ours = with_gradients(q, k, v, dout, q.dtype, impl="native", **masks)
+    torchs = with_gradients(q, k, v, dout, q.dtype, impl="torch", **masks)
+    summands = rounding_of_summands(q, k, v, dout, **masks)
     # Gradients keep the float32 rounding of what cancels in them, or of one weight that is 1.
     left = 2 * torch.finfo(torch.float32).eps * max(x.abs().max() for x in exact)
-    for name, e, o, t in zip(("out", "dq", "dk", "dv"), exact, ours, torchs, strict=True):
-        eps = left * (name != "out") + 2 * torch.finfo(q.dtype).eps * e.abs().max()
-        error, allowed = (o - e).abs().max(), 2 * (t - e).abs().max() + eps
-        assert error <= allowed, f"{name}: error {error:.2e}, allowed {allowed:.2e}"
+    results = zip(("out", "dq", "dk", "dv"), exact, ours, torchs, summands, strict=True)
+    for name, e, o, t, least in results:
+        last_place = 2 * torch.finfo(q.dtype).eps * e.abs().max()
+        floor = torch.maximum(least, left * (name != "out") + last_place)
+        error, naive = (o - e).abs(), (t - e).abs().max()
+        assert (error <= 2 * naive + floor).all(), (
+            f"{name}: error {error.max():.2e}, torch's {naive:.2e}, floor {floor.min():.2e} to "
+            f"{floor.max():.2e}"
+        )
 
 
 def random_masks(rng, b, t, s):
@@ -54,7 +87,7 @@ def random_masks(rng, b, t, s):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, **names)
-@pytest.mark.parametrize("seed", range(67))
+@pytest.mark.parametrize("seed", range(67 * SOAK))
 def test_random_shapes(seed, dtype):
     rng = random.Random(seed)
     torch.manual_seed(seed)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from torch.nn import functional as F
 
 from pygpt import ops
 from pygpt.ops.product import gemm
+
+SOAK = int(os.environ.get("PYGPT_SOAK", "1"))
 
 
 def example(rows, cols, depth, *, seed=0):
@@ -49,7 +53,7 @@ def test_it_is_as_exact_as_torch(shape):
         assert error <= allowed, f"error {error:.3g}, allowed {allowed:.3g}"
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(40 * SOAK))
 def test_random_shapes_and_strides(seed):
     g = torch.Generator().manual_seed(seed)
     rows, cols, depth = (int(2 ** (9 * torch.rand((), generator=g))) for _ in range(3))
@@ -111,7 +115,7 @@ def test_under_autocast_it_is_as_exact_as_torch_and_keeps_no_narrow_weight(dtype
         assert (a - e).abs().max() <= 2 * (b - e).abs().max() + eps
 
 
-@pytest.mark.parametrize("seed", range(30))
+@pytest.mark.parametrize("seed", range(30 * SOAK))
 def test_a_product_of_two_widths_rounds_its_operands_alone(seed):
     g = torch.Generator().manual_seed(seed)
     m, n, k = (int(2 ** (11 * torch.rand((), generator=g))) for _ in range(3))

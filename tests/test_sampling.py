@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from pygpt import ops
 
 TOY = torch.tensor([[4.51, 0.89, -1.90, 6.75, 1.63, -1.62, -1.89, 6.28, 1.79]])  # the book's
 BACKENDS = ("native", "torch", "reference")
+SOAK = int(os.environ.get("PYGPT_SOAK", "1"))
 
 
 def draw_all(logits, n=20_000, **settings):
@@ -23,7 +26,7 @@ def shares(logits, **settings):
     return torch.bincount(tokens, minlength=logits.shape[1]).double() / len(tokens)
 
 
-@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize("seed", range(60 * SOAK))
 def test_native_torch_and_reference_give_the_same_tokens(seed):
     g = torch.Generator().manual_seed(seed)
     rows, vocab = 3, int(torch.randint(1, 600, (), generator=g))

@@ -13,6 +13,7 @@ Call describe(const AttentionArgs& a) {
           .pitch = round_up(a.dim, kLanes),
           .words = words,
           .word_pitch = round_up(words, kLanes),
+          .score_step = a.queries <= 8 && !pairs ? 32 : 128,
           .factor = a.scale * 1.44269504088896341f,  // log2(e)
           .pairs = pairs,
           .lo = nullptr,

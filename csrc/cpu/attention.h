@@ -74,6 +74,9 @@ struct Call {  // what all tasks of one call share
   int64_t element, group;
   int64_t pitch;              // of rows of floats, and of pairs of rows
   int64_t words, word_pitch;  // in a row as score_tile reads it
+  // Of words summed in one register: more lose accuracy against torch, which sums few rows over
+  // all lanes. One for all scores of a call, lest those of the backward differ.
+  int64_t score_step;
   float factor;
   bool pairs;
   const int32_t *lo, *hi;

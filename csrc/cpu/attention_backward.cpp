@@ -148,8 +148,8 @@ void backward_block(const Call& call, const BackwardWork& w, const BackwardRows&
     const auto scores = [&](const float* words, const float* panels, float* out) PYGPT_LAMBDA {
       score_tiles<kPairs>(static_cast<int>(n), keys.hi - p,
                           {words + (first + r) * call.word_pitch, call.word_pitch, 1},
-                          panels + p * call.words, call.words, out + r * kScorePitch + p,
-                          kScorePitch);
+                          panels + p * call.words, call.words, call.score_step,
+                          out + r * kScorePitch + p, kScorePitch);
     };
     // forward: score = q k^T;  dweight = dout v^T
     scores(head.q, w.key_panels, w.weights);

@@ -133,9 +133,10 @@ void forward_block(const Call& call, const ForwardWork& w, int64_t packed, int64
       const Interval keys = seen(r, n);
       if (keys.empty()) continue;
       const int64_t p = keys.lo / kPanel * kPanel;
-      score_tiles<kPairs>(
-          static_cast<int>(n), keys.hi - p, {w.queries + r * call.word_pitch, call.word_pitch, 1},
-          w.keys + (k0 - packed + p) * call.words, call.words, w.scores + p, kScorePitch);
+      score_tiles<kPairs>(static_cast<int>(n), keys.hi - p,
+                          {w.queries + r * call.word_pitch, call.word_pitch, 1},
+                          w.keys + (k0 - packed + p) * call.words, call.words, call.score_step,
+                          w.scores + p, kScorePitch);
       for (int64_t t = 0; t < n; t += kSumRows) {
         const int64_t tile_rows = min(kSumRows, n - t);
         float* scores = w.scores + t * kScorePitch;

@@ -86,14 +86,13 @@ PYGPT_INLINE void store_tail(DType dtype, char* p, int64_t index, int64_t count,
 }  // namespace
 
 template <bool kPairs>
-void score_tiles(int rows, int64_t keys, const Words& a, const float* panels, int64_t k, float* c,
-                 int64_t c_row) {
-  constexpr int64_t kStep = 128;  // longer sums in one register lose accuracy against torch's
+void score_tiles(int rows, int64_t keys, const Words& a, const float* panels, int64_t k,
+                 int64_t step, float* c, int64_t c_row) {
   const Words all = a;
   for (int64_t key = 0; key < keys; key += kPanel, panels += k * kPanel) {
-    for (int64_t done = 0; done < k; done += kStep) {
+    for (int64_t done = 0; done < k; done += step) {
       const Words part = {all.data + done, all.row, 1};
-      const int64_t steps = k - done < kStep ? k - done : kStep;
+      const int64_t steps = k - done < step ? k - done : step;
       const float* b = panels + done * kPanel;
       if (keys - key > kLanes) {
         tile_rows<kPairs, kScoreRows, kScoreVecs>(rows, part, b, kPanel, steps, done > 0, c + key,
@@ -182,14 +181,15 @@ void pack_panels(DType dtype, const char* source, int64_t stride, int64_t rows, 
   }
 }
 
-template void score_tiles<false>(int, int64_t, const Words&, const float*, int64_t, float*,
+template void score_tiles<false>(int, int64_t, const Words&, const float*, int64_t, int64_t, float*,
                                  int64_t);
 template void sum_tile<false>(int, int, const Words&, const float*, int64_t, int64_t, float*,
                               int64_t);
 template void pack_panels<false>(DType, const char*, int64_t, int64_t, int64_t, float*);
 
 #if defined(PYGPT_ISA_avx512_bf16)
-template void score_tiles<true>(int, int64_t, const Words&, const float*, int64_t, float*, int64_t);
+template void score_tiles<true>(int, int64_t, const Words&, const float*, int64_t, int64_t, float*,
+                                int64_t);
 template void sum_tile<true>(int, int, const Words&, const float*, int64_t, int64_t, float*,
                              int64_t);
 template void pack_panels<true>(DType, const char*, int64_t, int64_t, int64_t, float*);

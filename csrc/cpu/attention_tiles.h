@@ -50,10 +50,10 @@ struct Words {  // a matrix of words; `row` and `k` are the strides of its two d
 };
 
 // C[rows, keys] = A B, B in panels of kPanel keys; rows is at most kScoreRows, and keys is rounded
-// up to whole vectors.
+// up to whole vectors. At most `step` words of k are summed in one register.
 template <bool kPairs>
-void score_tiles(int rows, int64_t keys, const Words& a, const float* panels, int64_t k, float* c,
-                 int64_t c_row);
+void score_tiles(int rows, int64_t keys, const Words& a, const float* panels, int64_t k,
+                 int64_t step, float* c, int64_t c_row);
 // C[rows, vecs * kLanes] += A B; sums start at zero, so that a long reduction made of many calls is
 // summed in two levels. rows and vecs are any number up to those of the tile.
 template <bool kPairs>
