@@ -111,18 +111,21 @@ void bind_cuda(py::module_& m) {
     const py::gil_scoped_release release;
     cuda_attention_backward(a, g, on(launch));
   });
+  // parameters_here: one for all rows, in this process's memory
   m.def("cuda_sample",
         [](const Launch& launch, uintptr_t logits, int dtype, int64_t rows, int64_t vocab,
            int64_t logits_stride, uintptr_t parameters, int64_t parameters_stride,
            uintptr_t uniforms, uintptr_t bias, int64_t bias_stride, uintptr_t history,
-           int64_t history_length, uintptr_t tokens, uintptr_t keys) {
+           int64_t history_length, uintptr_t tokens, uintptr_t keys, bool parameters_here) {
           require_memory({logits, parameters, uniforms, tokens, keys});
+          const auto* all = pointer<SampleParameters>(parameters);
+          const SampleParameters common = parameters_here ? *all : SampleParameters{};
           const py::gil_scoped_release release;
           cuda_sample({pointer<void>(logits), static_cast<DType>(dtype), rows, vocab, logits_stride,
-                       pointer<SampleParameters>(parameters), parameters_stride,
+                       parameters_here ? nullptr : all, parameters_stride,
                        pointer<double>(uniforms), pointer<float>(bias), bias_stride,
                        pointer<int64_t>(history), history_length, pointer<int64_t>(tokens)},
-                      pointer<int32_t>(keys), on(launch));
+                      common, pointer<int32_t>(keys), on(launch));
         });
   m.def("cuda_cross_entropy",
         [](const Launch& launch, uintptr_t logits, int dtype, int64_t rows, int64_t vocab,

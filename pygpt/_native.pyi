@@ -52,6 +52,7 @@ def cuda_sample(
     arg12: int,
     arg13: int,
     arg14: int,
+    arg15: bool,
 ) -> None: ...
 def cuda_cross_entropy(
     arg0: _Launch,

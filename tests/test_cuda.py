@@ -178,9 +178,10 @@ def test_sampled_tokens_are_those_of_the_cpu(vocab, dtype):
     assert ops.sample(logits.cuda(), **on_gpu, impl="native").tolist() == expected.tolist()
 
 
-def test_sampling_can_be_captured_in_a_graph():
+@pytest.mark.parametrize("numbers", [{}, {"temperature": 0.8, "top_p": 0.9}], ids=["", "mixed"])
+def test_sampling_can_be_captured_in_a_graph(numbers):
     logits, options = sampling_inputs(8, 5000, torch.bfloat16, seed=3)
-    logits, on_gpu = logits.cuda(), {k: v.cuda() for k, v in options.items()}
+    logits, on_gpu = logits.cuda(), {k: v.cuda() for k, v in options.items()} | numbers
     eager = ops.sample(logits, **on_gpu, impl="native")
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -194,6 +195,16 @@ def test_sampling_can_be_captured_in_a_graph():
     tokens.zero_()
     graph.replay()
     assert tokens.tolist() == eager.tolist()
+
+
+def test_sampling_with_numbers_never_waits_for_the_gpu():
+    logits = torch.randn(8, 5000, device="cuda")
+    ops.sample(logits, temperature=0.8, top_k=50, top_p=0.9, impl="native")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        ops.sample(logits, temperature=0.8, top_k=50, top_p=0.9, impl="native")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_a_row_without_a_choice_gives_no_token():

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import importlib.machinery
+import importlib.util
 import math
 import os
 import shutil
 import subprocess
+import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +23,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pygpt import GPT, GPTConfig, ops
-from pygpt.ops import attention, linear_loss
+from pygpt import GPT, GPTConfig, _native, ops
+from pygpt.ops import attention, linear_loss, loss, sampling
 
 ROOT = Path(__file__).resolve().parents[1]
 FLAGS = ["-std=c++20", "-O2", "-fPIC", "-ffp-contract=off", "-Wno-unknown-pragmas"]
@@ -70,15 +73,18 @@ def emulator() -> ctypes.CDLL:
     compiler = os.environ.get("CXX") or shutil.which("g++")
     if compiler is None:
         pytest.skip("no g++ to compile the emulator with")
+    pybind11 = pytest.importorskip("pybind11")
     kernels = sorted(p for p in (ROOT / "csrc/cuda").glob("*.cu") if p.name != "device.cu")
-    sources = [*kernels, ROOT / "tests/cuda_emulator/entry.cpp"]
+    mine = ROOT / "tests/cuda_emulator"
+    sources = [*kernels, mine / "entry.cpp", mine / "module.cpp", ROOT / "csrc/bindings_cuda.cpp"]
     headers = [p for folder in ("csrc", "tests/cuda_emulator") for p in (ROOT / folder).rglob("*h")]
     digest = hashlib.sha256(b"".join(p.read_bytes() for p in sources + sorted(headers)))
     folder = ROOT / "build" / f"cuda_emulator-{digest.hexdigest()[:16]}"
     library = folder / "emulator.so"
     if not library.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        includes = [f"-I{ROOT / 'tests/cuda_emulator'}", f"-I{ROOT / 'csrc'}"]
+        python = [sysconfig.get_path("include"), pybind11.get_include()]
+        includes = [f"-I{folder}" for folder in (mine, ROOT / "csrc", *python)]
 
         def build(source: Path) -> str:
             target = folder / f"{source.name}.{os.getpid()}.o"
@@ -94,6 +100,30 @@ def emulator() -> ctypes.CDLL:
         subprocess.run([compiler, "-shared", "-o", str(fresh), *objects], check=True)
         fresh.rename(library)
     return ctypes.CDLL(str(library))
+
+
+class OnGpu(Tensor):
+    """A tensor that says it is on a GPU."""
+
+    is_cuda = property(lambda self: True)  # type: ignore[assignment]
+    is_cpu = property(lambda self: False)  # type: ignore[assignment]
+
+
+@pytest.fixture
+def gpu(emulator: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes pygpt's Python for GPUs run the emulated kernels, through the real bindings."""
+    loader = importlib.machinery.ExtensionFileLoader("emulator", emulator._name)
+    spec = importlib.util.spec_from_loader("emulator", loader)
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    loader.exec_module(module)
+    for name in ("attention_splits", "attention_forward", "attention_decode"):
+        monkeypatch.setattr(_native, f"cuda_{name}", getattr(module, f"cuda_{name}"))
+    for name in ("attention_backward", "sample", "cross_entropy"):
+        monkeypatch.setattr(_native, f"cuda_{name}", getattr(module, f"cuda_{name}"))
+    for room in (attention, loss, sampling):
+        monkeypatch.setattr(room, "launch", lambda x: (0, 0))
+    emulator.emulated_order(0)
 
 
 @dataclass
@@ -519,3 +549,103 @@ def test_every_op_of_a_model_has_a_path_where_tensors_are_not_the_cpus(
         loss = model.loss(ids, ids)
     loss.backward()
     assert loss.is_meta and all(p.grad is not None for p in model.parameters())
+
+
+def on_gpu(x: Tensor | None) -> Any:
+    return None if x is None else x.as_subclass(OnGpu)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize(
+    ("queries", "options"),
+    [
+        (70, {}),
+        (3, {}),
+        (1, {"odd": True}),
+        (70, {"window": 20, "odd": True}),
+        (70, {"documents": True}),
+        (2, {"lengths": (90, 41)}),
+        (70, {"dropout_p": 0.25}),
+    ],
+    ids=str,
+)
+def test_attention_for_a_gpu_gives_what_the_cpus_gives(
+    gpu: None, queries: int, options: dict[str, Any], dtype: torch.dtype
+) -> None:
+    random = torch.Generator().manual_seed(queries)
+
+    def normal(tokens: int, heads: int) -> Tensor:
+        rows = torch.randn(2, tokens, heads * 40 + 1, generator=random).to(dtype)
+        # with "odd" no row begins at a multiple of 16 bytes
+        part = rows[..., 1:] if options.get("odd") else rows[..., :-1].contiguous()
+        return part.unflatten(-1, (heads, 40))
+
+    q, k, v, dout = (normal(n, h) for n, h in ((queries, 4), (90, 2), (90, 2), (queries, 4)))
+    documents = lengths = None
+    if options.get("documents"):
+        documents = torch.arange(90).div(17, rounding_mode="floor").int().repeat(2, 1)
+    if "lengths" in options:
+        lengths = torch.tensor(options["lengths"], dtype=torch.int32)
+    window, dropout_p = options.get("window", 0), options.get("dropout_p", 0.0)
+    rest = (0.2, window, documents, lengths, dropout_p, torch.tensor([7]) if dropout_p else None)
+    out, lse = torch.ops.pygpt.causal_attention(q, k, v, *rest)
+    wanted = [out, *torch.ops.pygpt.causal_attention_backward(dout, q, k, v, out, lse, *rest)]
+    there = [on_gpu(x) for x in (q, k, v)]
+    rest = tuple(on_gpu(x) if isinstance(x, Tensor) else x for x in rest)
+    out, lse = attention._forward_cuda(*there, *rest)
+    found = [out, *attention._backward_cuda(on_gpu(dout), *there, on_gpu(out), lse, *rest)]
+    for ours, true in zip(found, wanted, strict=True):
+        atol = 8 * torch.finfo(dtype).eps * float(true.abs().max())
+        torch.testing.assert_close(ours.as_subclass(Tensor), true, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("mixed", [False, True], ids=["numbers", "mixed"])
+def test_sampling_for_a_gpu_draws_what_the_cpu_draws(gpu: None, mixed: bool) -> None:
+    random = torch.Generator().manual_seed(1)
+    logits = torch.randn(7, 2500, generator=random) * 3
+    uniforms = torch.rand(7, dtype=torch.float64, generator=random)
+    for k, p in ((0, 1.0), (0, 0.9), (40, 0.9), (1500, 0.8), (1, 1.0), (1024, 1.0)):
+        rows = torch.full((7,), p) if mixed else p
+        options = {"top_k": k, "top_p": rows, "temperature": 0.8, "min_p": 0.01}
+        wanted = ops.sample(logits, uniforms=uniforms, impl="native", **options)
+        numbers = (options["temperature"], k, rows, options["min_p"], 1.0, 0.0, 0.0)
+        parameters = sampling._parameters(logits, numbers, "cpu")
+        assert len(parameters) == (7 if mixed else 1)
+        if mixed:
+            parameters = on_gpu(parameters)
+        tokens = sampling._cuda_tokens(on_gpu(logits), uniforms, parameters, None, None)
+        assert tokens.tolist() == wanted.tolist()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_losses_for_a_gpu_are_those_of_the_cpu(
+    gpu: None, monkeypatch: pytest.MonkeyPatch, reduction: str, dtype: torch.dtype
+) -> None:
+    random = torch.Generator().manual_seed(2)
+    x, weight = (torch.randn(n, 24, generator=random).to(dtype) for n in (19, 77))
+    bias, targets = torch.randn(77, generator=random).to(dtype), torch.randint(77, (19,))
+    targets[3] = -100
+    logits = x @ weight.t()
+    grad = torch.rand(19, generator=random)
+    tolerance = {"rtol": 4 * torch.finfo(dtype).eps, "atol": 40 * torch.finfo(dtype).eps}
+
+    def same(found: Any, wanted: Any) -> None:
+        for ours, true in zip(found, wanted, strict=True):
+            torch.testing.assert_close(ours.as_subclass(Tensor), true, **tolerance)
+
+    arguments = (targets, -100, reduction, True)
+    same(
+        loss._forward_native(on_gpu(logits), *arguments),
+        torch.ops.pygpt.cross_entropy(logits, *arguments),
+    )
+    same(
+        [loss._backward_native(grad, on_gpu(logits), targets, -100)],
+        [torch.ops.pygpt.cross_entropy_backward(grad, logits, targets, -100)],
+    )
+    monkeypatch.setattr(linear_loss, "_CUDA_LOGITS_BYTES", 77 * 8 * 4)  # several chunks
+    last = (targets, -100, reduction, dtype, [True, True, True])
+    same(
+        linear_loss._pass(on_gpu(x), on_gpu(weight), on_gpu(bias), *last),
+        torch.ops.pygpt.linear_cross_entropy(x, weight, bias, *last),
+    )

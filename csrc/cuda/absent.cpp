@@ -26,7 +26,9 @@ void cuda_attention_backward(const CudaAttention&, const CudaAttentionGradient&,
 }
 int32_t cuda_attention_splits(const CudaAttention&, const CudaLaunch&) { absent(); }
 void cuda_attention_decode(const CudaAttention&, int32_t, float*, const CudaLaunch&) { absent(); }
-void cuda_sample(const SampleArgs&, int32_t*, const CudaLaunch&) { absent(); }
+void cuda_sample(const SampleArgs&, const SampleParameters&, int32_t*, const CudaLaunch&) {
+  absent();
+}
 void cuda_cross_entropy(const CudaCrossEntropy&, const CudaLaunch&) { absent(); }
 
 }  // namespace pygpt

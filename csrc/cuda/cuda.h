@@ -73,9 +73,10 @@ int32_t cuda_attention_splits(const CudaAttention& args, const CudaLaunch& launc
 void cuda_attention_decode(const CudaAttention& args, int32_t splits, float* workspace,
                            const CudaLaunch& launch);
 
-// One token per row as CpuKernels::sample, with the same result; -1 for a row without one.
-// `keys` is a workspace of rows * vocab.
-void cuda_sample(const SampleArgs& args, int32_t* keys, const CudaLaunch& launch);
+// One token per row as CpuKernels::sample, with the same result; -1 for a row without one. All rows
+// take `common` where args.parameters is null; `keys` is a workspace of rows * vocab.
+void cuda_sample(const SampleArgs& args, const SampleParameters& common, int32_t* keys,
+                 const CudaLaunch& launch);
 
 struct CudaCrossEntropy {
   void* logits;  // (rows, vocab), last dimension contiguous; becomes its gradient where asked for

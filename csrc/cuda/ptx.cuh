@@ -147,6 +147,8 @@ template <class T>
 __device__ __forceinline__ T shuffle_up(T x, int delta) {
   return __shfl_up_sync(0xffffffffu, x, delta);
 }
+__device__ __forceinline__ uint32_t ballot(bool x) { return __ballot_sync(0xffffffffu, x); }
+__device__ __forceinline__ int popcount(uint32_t x) { return __popc(x); }
 __device__ __forceinline__ void warp_barrier() { __syncwarp(); }
 __device__ __forceinline__ void barrier() { __syncthreads(); }
 

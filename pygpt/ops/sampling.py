@@ -75,8 +75,11 @@ def sample(
         raise ValueError(f"logits must be float32, bfloat16 or float16, got {logits.dtype}")
     rows, vocab = logits.shape
     on_cpu = logits.device.type == "cpu"
+    native = not why_no_kernel(logits.device, logits.dtype)
+    chosen = resolve(impl, native=native, auto=auto_takes("sample", logits.device, logits.dtype))
     penalties = repetition_penalty, presence_penalty, frequency_penalty
-    parameters = _parameters(logits, (temperature, top_k, top_p, min_p, *penalties))
+    place = "cpu" if chosen == "native" else logits.device  # a kernel takes numbers with its launch
+    parameters = _parameters(logits, (temperature, top_k, top_p, min_p, *penalties), place)
     if uniforms is None:
         uniforms = torch.rand(rows, dtype=torch.float64, device=logits.device, generator=generator)
     elif uniforms.shape != (rows,):
@@ -102,8 +105,7 @@ def sample(
                 f"history holds token {int(history.max())}, outside a vocabulary of {vocab}"
             )
     inputs = (logits.detach(), uniforms, parameters, logit_bias, history)
-    native = not why_no_kernel(logits.device, logits.dtype)
-    match resolve(impl, native=native, auto=auto_takes("sample", logits.device, logits.dtype)):
+    match chosen:
         case "native":
             tokens = _sample(*inputs)
         case "torch":
@@ -119,16 +121,19 @@ def sample(
         return tokens
     logprobs = logits.detach().float().log_softmax(1)
     top = logprobs.topk(min(n_logprobs, vocab))
-    chosen = logprobs.gather(1, tokens.clamp(min=0)[:, None])[:, 0]
-    return Sampled(tokens, chosen, top.indices, top.values)
+    drawn = logprobs.gather(1, tokens.clamp(min=0)[:, None])[:, 0]
+    return Sampled(tokens, drawn, top.indices, top.values)
 
 
-def _parameters(logits: Tensor, values: tuple[float | Tensor, ...]) -> Tensor:
-    """The parameters as float64: (1, 7), or (B, 7) where any of them is a tensor."""
+def _parameters(
+    logits: Tensor, values: tuple[float | Tensor, ...], place: torch.device | str
+) -> Tensor:
+    """The parameters as float64: (1, 7) in `place`, or (B, 7) with the logits where any of them is a
+    tensor."""
     rows = logits.shape[0]
     if not any(isinstance(value, Tensor) for value in values):
         make = _numbers.__wrapped__ if watched() else _numbers
-        return make(values, logits.device)
+        return make(values, place)
     for name, value in zip(_RANGES, values, strict=True):
         if not isinstance(value, Tensor):
             _check_range(name, value)
@@ -139,14 +144,16 @@ def _parameters(logits: Tensor, values: tuple[float | Tensor, ...]) -> Tensor:
         elif value.device.type == "cpu" and not torch.compiler.is_compiling():
             _check_range(name, value)
     columns = [
-        torch.as_tensor(value, dtype=torch.float64, device=logits.device).expand(rows)
+        value.to(logits.device, torch.float64).expand(rows)
+        if isinstance(value, Tensor)
+        else torch.full((rows,), value, dtype=torch.float64, device=logits.device)
         for value in values
     ]
     return torch.stack(columns, 1)
 
 
 @functools.lru_cache(64)  # a text's tokens are all drawn with the same
-def _numbers(values: tuple[float, ...], device: torch.device) -> Tensor:
+def _numbers(values: tuple[float, ...], device: torch.device | str) -> Tensor:
     for name, value in zip(_RANGES, values, strict=True):
         _check_range(name, value)
     return torch.tensor([values], dtype=torch.float64, device=device)
@@ -206,6 +213,7 @@ def _cuda_tokens(
         0 if history is None else history.shape[1],
         tokens.data_ptr(),
         keys.data_ptr(),
+        parameters.is_cpu,
     )
     return tokens
 

@@ -45,7 +45,7 @@ void emulated_attention_decode(const CudaAttention* a, int splits, float* worksp
   cuda_attention_decode(*a, splits, workspace, {});
 }
 
-void emulated_sample(const SampleArgs* a, int32_t* keys) { cuda_sample(*a, keys, {}); }
+void emulated_sample(const SampleArgs* a, int32_t* keys) { cuda_sample(*a, {}, keys, {}); }
 
 void emulated_cross_entropy(const CudaCrossEntropy* a) { cuda_cross_entropy(*a, {}); }
 

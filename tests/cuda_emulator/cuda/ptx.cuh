@@ -30,6 +30,7 @@
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __shared__ static
+#define __grid_constant__
 
 struct dim3 {
   unsigned x, y, z;
@@ -352,6 +353,16 @@ T shuffle_up(T x, int delta) {
   const int lane = static_cast<int>(emulated::current % 32);
   return shuffle(x, lane < delta ? lane : lane - delta);
 }
+inline uint32_t ballot(bool x) {
+  uint32_t bits = 0;
+  emulated::warp(x, bits, [](const bool* const* in, uint32_t* const* out) {
+    uint32_t all = 0;
+    for (int i = 0; i < 32; ++i) all |= static_cast<uint32_t>(*in[i]) << i;
+    for (int i = 0; i < 32; ++i) *out[i] = all;
+  });
+  return bits;
+}
+inline int popcount(uint32_t x) { return __builtin_popcount(x); }
 inline void warp_barrier() {
   int nothing = 0;
   emulated::warp(nothing, nothing, [](const auto*, const auto*) {});
