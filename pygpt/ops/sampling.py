@@ -128,8 +128,7 @@ def sample(
 def _parameters(
     logits: Tensor, values: tuple[float | Tensor, ...], place: torch.device | str
 ) -> Tensor:
-    """The parameters as float64: (1, 7) in `place`, or (B, 7) with the logits where any of them is a
-    tensor."""
+    """The parameters as float64: (1, 7) in `place`, or (B, 7) beside the logits for tensors."""
     rows = logits.shape[0]
     if not any(isinstance(value, Tensor) for value in values):
         make = _numbers.__wrapped__ if watched() else _numbers
