@@ -75,7 +75,8 @@ soak: $(VENV)/.installed
 # The module built with the sanitizers, in a copy of the package; -S keeps the installed one out.
 SANITIZE := build/sanitize
 SANITIZED_TESTS ?= tests/test_tokenizer*.py tests/test_attention.py tests/test_sampling.py \
-  tests/test_cross_entropy.py tests/test_linear.py tests/test_norm.py tests/test_gelu.py
+  tests/test_cross_entropy.py tests/test_linear.py tests/test_norm.py tests/test_gelu.py \
+  tests/test_derivatives.py
 sanitize: $(VENV)/.installed
 	@mkdir -p $(SANITIZE)/site && rm -rf $(SANITIZE)/site/*
 	@cp -r pygpt tests $(SANITIZE)/site && rm -f $(SANITIZE)/site/pygpt/*.so

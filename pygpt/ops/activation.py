@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pygpt import _native
+from pygpt.ops.derivative import once
 from pygpt.ops.dispatch import Impl, resolve
 from pygpt.ops.native import DTYPES, address, empty, register
 from pygpt.ops.product import (
@@ -53,6 +54,7 @@ def _save(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
+@once
 def _backward(ctx: Any, grad: Tensor) -> Tensor:
     return _gelu_backward(*ctx.saved_tensors, grad)  # type: ignore[no-any-return]
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pygpt import _native, reference
+from pygpt.ops.derivative import once
 from pygpt.ops.dispatch import Impl, auto_takes, resolve, why_no_kernel
 from pygpt.ops.loss import (
     Reduction,
@@ -196,6 +197,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
         ctx.save_for_backward(*output[1:])
 
 
+@once
 def _backward(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
     needed = list(ctx.needs_input_grad[:3])
     if ctx.reduction == "none":

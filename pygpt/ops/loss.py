@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pygpt import _native, reference
+from pygpt.ops.derivative import once
 from pygpt.ops.dispatch import Impl, auto_takes, resolve, why_no_kernel
 from pygpt.ops.native import DTYPES, address, launch, register, rows
 
@@ -221,6 +222,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
         ctx.save_for_backward(output[1])
 
 
+@once
 def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
     if ctx.reduction == "none":
         gradient = _cross_entropy_backward(grad, *ctx.saved_tensors, ctx.ignore_index)

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pygpt import _native
+from pygpt.ops.derivative import once
 from pygpt.ops.dispatch import Impl, resolve
 from pygpt.ops.native import DTYPES, address, empty
 from pygpt.ops.product import autocast_dtype
@@ -92,7 +93,7 @@ class _AddNorm(torch.autograd.Function):
         return total, normed
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once
     def backward(ctx: Any, dtotal: Tensor | None, dnormed: Tensor | None) -> tuple[Any, ...]:
         total, moments, weight = ctx.saved_tensors
         narrow = ctx.dtype != total.dtype

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pygpt import _native
+from pygpt.ops.derivative import once
 from pygpt.ops.dispatch import Impl, resolve
 from pygpt.ops.native import DTYPES, Op, address, empty, register
 
@@ -49,7 +50,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, impl: Impl 
 def autocast_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which products of x are made: autocast's within it."""
     device = x.device.type
-    inside = torch.is_autocast_enabled(device) and x.dtype != torch.float64
+    inside = device != "meta" and torch.is_autocast_enabled(device) and x.dtype != torch.float64
     return torch.get_autocast_dtype(device) if inside else x.dtype
 
 
@@ -235,7 +236,7 @@ def register_linear(name: str, forward: Callable[..., Any], gradients: Callable[
         linear_fake,
         cpu=forward,
         save=linear_save,
-        backward=functools.partial(linear_backward, backward),
+        backward=once(functools.partial(linear_backward, backward)),
     )
 
 
