@@ -188,6 +188,18 @@ def test_nothing_to_predict_is_nan_with_a_gradient_of_zero():
     assert torch.equal(x.grad, torch.zeros(2, 3))
 
 
+@pytest.mark.parametrize(("rows", "vocab", "width"), [(0, 5, 3), (2, 0, 3), (2, 5, 0), (0, 0, 0)])
+def test_every_size_may_be_zero(rows, vocab, width):
+    x, weight = (torch.zeros(n, width, requires_grad=True) for n in (rows, vocab))
+    targets = torch.full((rows,), -100)
+    for loss in (
+        ops.linear_cross_entropy(x, weight, targets, reduction="sum"),
+        ops.cross_entropy(x @ weight.t(), targets, reduction="sum"),
+    ):
+        assert loss == 0
+        assert not any(y.any() for y in torch.autograd.grad(loss, (x, weight)))
+
+
 @pytest.mark.parametrize("impl", ["native", "torch"])
 def test_strided_inputs_are_read(impl):
     *_, targets, _ = example(8, 11, 4)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import re
 
 import pytest
 import torch
@@ -174,4 +176,40 @@ def test_it_compiles_without_a_graph_break():
     compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
     expected = results(function, leaves, upstream)
     for a, b in zip(results(compiled, leaves, upstream), expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("function", [ops.linear, ops.gelu_linear])
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        ((70, 5), (3, 7), None),
+        ((70, 5), (3, 5), (1,)),
+        ((70, 5), (3, 5), (4,)),
+        ((70, 5), (5,), None),
+    ],
+    ids=str,
+)
+def test_shapes_that_do_not_fit_reach_torch_and_no_kernel(function, shapes):
+    x, weight, bias = (None if s is None else torch.ones(s, requires_grad=True) for s in shapes)
+    with pytest.raises(ValueError, match="no kernel for these tensors"):
+        function(x, weight, bias, impl="native")
+    try:
+        expected = function(x, weight, bias, impl="torch")
+    except RuntimeError as error:
+        with pytest.raises(RuntimeError, match=re.escape(str(error)[:20])):
+            function(x, weight, bias)
+    else:
+        assert torch.equal(function(x, weight, bias), expected)
+
+
+@pytest.mark.parametrize("function", [ops.linear, ops.gelu_linear])
+@pytest.mark.parametrize("shape", list(itertools.product((0, 70), (0, 3), (0, 5))), ids=str)
+def test_every_size_may_be_zero(function, shape):
+    leaves, upstream = example(*shape)
+    for a, b in zip(
+        results(function, leaves, upstream),
+        results(lambda *x: function(*x, impl="torch"), leaves, upstream),
+        strict=True,
+    ):
         torch.testing.assert_close(a, b)

@@ -15,6 +15,7 @@ from pygpt.ops.native import DTYPES, address, empty, register
 from pygpt.ops.product import (
     FEW_ROWS,
     autocast_dtype,
+    fits_linear,
     linear,
     linear_gradients,
     linear_native,
@@ -77,8 +78,7 @@ def gelu_linear(
     if impl == "auto" and x.device.type != "cpu":
         return linear(gelu(x), weight, bias)
     x = x.to(autocast_dtype(x))
-    fits = x.dtype in DTYPES and weight.dtype in (x.dtype, torch.float32)
-    native = x.device.type == "cpu" and fits
+    native = fits_linear(x, weight, bias, x.dtype)
     learns = torch.is_grad_enabled() and x.numel() >= FEW_ROWS * x.shape[-1]
     if resolve(impl, native=native, auto=learns) == "native":
         return _gelu_linear(x, weight, bias)  # type: ignore[no-any-return]

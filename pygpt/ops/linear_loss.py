@@ -61,7 +61,7 @@ def linear_cross_entropy(
     dtype = autocast_dtype(x)
     if weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
         raise ValueError(f"x and weight must have one dtype, got {x.dtype} and {weight.dtype}")
-    native = not why_no_kernel(x.device, dtype)
+    native = not why_no_kernel(x.device, dtype) and weight.numel() > 0
     auto = auto_takes("linear_cross_entropy", x.device, dtype)
     few = x.shape[0] * weight.shape[0] < _FEW_LOGITS
     if few and x.is_cpu and not torch.compiler.is_compiling():

@@ -49,6 +49,9 @@ def add_norm(
         on_cpu
         and x.dtype == weight.dtype == bias.dtype == torch.float32
         and branch.dtype == dtype in DTYPES
+        and branch.is_cpu
+        and weight.is_cpu
+        and bias.is_cpu
         and x.numel() > 0
     )
     learns = torch.is_grad_enabled() and x.numel() >= _FEW

@@ -33,18 +33,27 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, impl: Impl 
     if impl == "auto" and x.device.type != "cpu":
         return F.linear(x, weight, bias)  # in `backend("native")` too: there is no other
     dtype = autocast_dtype(x)
-    native = (
-        x.device.type == "cpu"
-        and dtype in DTYPES
-        and weight.dtype in (dtype, torch.float32)
-        and x.dim() > 0
-        and x.shape[-1] == weight.shape[-1] > 0
-    )
+    native = fits_linear(x, weight, bias, dtype)
     many = native and x.numel() >= FEW_ROWS * x.shape[-1]
     wins = own_wins(dtype) if dtype == torch.float32 else torch.is_grad_enabled()
     if resolve(impl, native=native, auto=many and wins) == "native":
         return _linear(x.to(dtype), weight, bias)  # type: ignore[no-any-return]
     return F.linear(x, weight, bias)
+
+
+def fits_linear(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> bool:
+    """Whether the native product takes these; torch says what is wrong with others."""
+    return (
+        x.is_cpu
+        and weight.is_cpu
+        and dtype in DTYPES
+        and weight.dtype in (dtype, torch.float32)
+        and x.dim() > 0
+        and weight.dim() == 2
+        and x.shape[-1] == weight.shape[1]
+        and weight.numel() > 0
+        and (bias is None or (bias.is_cpu and bias.shape == weight.shape[:1]))
+    )
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype:
