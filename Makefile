@@ -95,8 +95,9 @@ sanitize: $(VENV)/.installed
 cuda-check:
 	@tools/cuda_check.sh
 
+# GPU_CHECK passes on options: make gpu-check GPU_CHECK='--out somewhere'
 gpu-check:
-	@$(PYTHON) tools/gpu_check.py
+	@$(PYTHON) tools/gpu_check.py $(GPU_CHECK)
 
 lines:
 	@$(PYTHON) tools/lines.py

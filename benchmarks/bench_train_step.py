@@ -63,7 +63,7 @@ class PlainGPT(nn.Module):
         self.final_norm = nn.LayerNorm(width, bias=bias)
 
     def loss(self, ids, targets, reduction="mean"):
-        x = self.tok_emb(ids) + self.pos_emb(torch.arange(ids.shape[1]))
+        x = self.tok_emb(ids) + self.pos_emb(torch.arange(ids.shape[1], device=ids.device))
         for block in self.blocks:
             x = block(x)
         logits = F.linear(self.final_norm(x), self.tok_emb.weight)

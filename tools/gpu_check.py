@@ -1,15 +1,18 @@
 """Build, test and measure pygpt on this machine's GPU, with the Python and torch that stand here.
 
 `make gpu-check` needs no network and no virtual environment: the package goes into build/gpu-check,
-missing Python packages and data are named instead of failing, every step runs even when one before
-it failed, and a table comes last. `python3 tools/gpu_check.py --device cpu` rehearses the steps
-without a GPU.
+missing Python packages are named instead of failing, every step is a process of its own and runs
+even when one before it failed, and a table comes last, with the lines that pygpt/ops/dispatch.py may
+take up. The benchmarks' tables and the whole output go to --out, benchmarks/results by default.
+`python3 tools/gpu_check.py --device cpu` rehearses the steps without a GPU.
 """
 
 import argparse
+import datetime
 import importlib.metadata
 import json
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -23,6 +26,22 @@ SITE = ROOT / "build" / "gpu-check"
 NEEDED = ["torch", "numpy", "safetensors", "tiktoken", "huggingface_hub", "rich", "tyro"]
 BUILD = ["scikit_build_core", "pybind11", "cmake", "ninja"]
 TESTS = ["pytest", "hypothesis"]
+
+# The tests by what they tell about; a fault of the GPU spoils only the process that it happens in.
+KINDS = {
+    "sampling": "sampl or choice",
+    "losses": "cross_entropy",
+    "models": "model or auto or opcheck or every_gpu",
+    "sanitizer": "sanitizer",
+}
+KINDS = {"attention": "not (" + " or ".join(KINDS.values()) + ")"} | KINDS
+PROVED_BY = {
+    "causal_attention": "attention",
+    "sample": "sampling",
+    "cross_entropy": "losses",
+    "linear_cross_entropy": "losses",
+}
+NOISE = 1.02  # times torch's time that still count as not slower
 
 # A short training and generation on the device, in a process of its own; prints one JSON line.
 TRAIN = """
@@ -41,14 +60,16 @@ model = pygpt.GPT(pygpt.GPTConfig(vocab_size=tokenizer.n_vocab, context_length=c
                                   emb_dim=width, n_heads=6, n_layers=6, drop_rate=0.0))
 config = pygpt.TrainConfig(steps=200, batch_size=batch, device=device, seed=1)
 began = time.perf_counter()
-run = pygpt.pretrain(model, data, config, out=folder / "run")
+with pygpt.ops.backend("native"):
+    run = pygpt.pretrain(model, data, config, out=folder / "run")
 seconds = time.perf_counter() - began
 losses = [m["loss"] for m in run.metrics if "loss" in m]
 assert losses[-1] < losses[0] / 2, losses
 model = pygpt.GPT.from_pretrained(folder / "run" / "model", device=device)
 prompt = tokenizer.encode("one two")
 began = time.perf_counter()
-out = pygpt.generate(model, prompt, max_new_tokens=32, temperature=0.0)
+with pygpt.ops.backend("native"):
+    out = pygpt.generate(model, prompt, max_new_tokens=32, temperature=0.0)
 print(json.dumps({"loss": losses[-1], "train_tokens_per_second": 200 * batch * context / seconds,
                   "generate_tokens_per_second": 32 / (time.perf_counter() - began)}))
 """
@@ -64,21 +85,62 @@ def versions(names: list[str]) -> dict[str, str | None]:
     return found
 
 
+def verdict(
+    measured: list[tuple[str, str, str, float]],
+    proved: set[str],
+    capability: tuple[int, int],
+    where: str,
+) -> list[str]:
+    """Lines for MEASURED, then why the other ops and dtypes get none.
+
+    `measured` is what the benchmarks say: op, dtype, shape, and its time over torch's choice's.
+    """
+    good, bad = [], []
+    for op, dtype in sorted({(op, dtype) for op, dtype, *_ in measured if op in PROVED_BY}):
+        ratios = {shape: x for o, d, shape, x in measured if (o, d) == (op, dtype)}
+        slow = {shape: ratio for shape, ratio in ratios.items() if ratio > NOISE}
+        if PROVED_BY[op] not in proved:
+            bad.append(f"not {op} {dtype}: its tests failed")
+        elif slow:
+            worst = max(slow, key=lambda shape: slow[shape])
+            bad.append(
+                f"not {op} {dtype}: slower at {len(slow)} of {len(ratios)} shapes, "
+                f"{slow[worst]:.2f} times torch's time at {worst}"
+            )
+        else:
+            good.append(f'    ("{op}", {dtype}, {capability}): "{where}",')
+    failed = [section for section, _, said, _ in measured if said == "FAILED"]
+    return good + bad + [f"the benchmark {section!r} failed" for section in failed]
+
+
 class Check:
     """Runs the steps, remembers one row of the table for each."""
 
-    def __init__(self, device: str, seconds: float) -> None:
-        self.device = device
+    def __init__(self, device: str, seconds: float, out: Path) -> None:
+        self.device, self.out = device, out
+        self.began = time.time()
         self.deadline = time.perf_counter() + seconds
         self.rows: list[tuple[str, str, str]] = []
+        self.proved: set[str] = set()
         self.env = {**os.environ, "PYTHONPATH": str(SITE), "PYTHONUNBUFFERED": "1"}
+        usual = Path("/usr/local/cuda/bin")
+        if shutil.which("nvcc") is None and usual.is_dir():
+            self.env["PATH"] += os.pathsep + str(usual)
+        out.mkdir(parents=True, exist_ok=True)
+        self.log = open(out / "gpu-check.log", "w", encoding="utf-8")  # noqa: SIM115
+
+    def say(self, text: str, most: int = 6000) -> None:
+        """Everything to the log, the end of it to the screen."""
+        self.log.write(text + "\n")
+        self.log.flush()
+        print(text[-most:], flush=True)
 
     def row(self, step: str, state: str, said: str) -> None:
         self.rows.append((step, state, said))
 
     def run(self, step: str, command: list[str], limit: int, cwd: Path = ROOT) -> str | None:
-        """The output of a command, or None where it failed; the row is left to the caller then."""
-        print(f"\n== {step}: {' '.join(command)[:100]}", flush=True)
+        """The output of a command, or None where it failed: then the row says how."""
+        self.say(f"\n== {step}: {' '.join(command)[:160]}")
         began = time.perf_counter()
         limit = min(limit, int(self.deadline - began))
         if limit < 5:
@@ -88,83 +150,128 @@ class Check:
             done = subprocess.run(
                 command, cwd=cwd, env=self.env, capture_output=True, text=True, timeout=limit
             )
+        except OSError as error:
+            self.row(step, "FAILED", str(error))
+            return None
         except subprocess.TimeoutExpired as late:
-            print((late.stdout or b"").decode(errors="replace")[-6000:], flush=True)
+            for stream in (late.stdout, late.stderr):
+                self.say((stream or b"").decode(errors="replace"))
             self.row(step, "FAILED", f"more than {limit} s")
             return None
         output = done.stdout + done.stderr
-        print(output[-6000:], flush=True)
+        self.say(output + f"   {time.perf_counter() - began:.1f} s")
         if done.returncode:
+            failed = re.findall(r"^(?:FAILED|ERROR) \S*?(\w+(?:\[.*\])?)(?: - .*)?$", output, re.M)
             last = (output.strip().splitlines() or [""])[-1]
-            self.row(step, "FAILED", f"exit {done.returncode}: {last[:90]}")
+            named = f"{len(failed)} failed: {', '.join(failed[:4])}" if failed else last[:120]
+            self.row(step, "FAILED", f"exit {done.returncode}: {named}")
             return None
-        print(f"   {time.perf_counter() - began:.1f} s", flush=True)
         return output
 
     def packages(self) -> None:
         found = versions(NEEDED + BUILD + TESTS)
         absent = [name for name, version in found.items() if version is None]
-        self.row(
-            "packages", "ok" if not absent else "some", "missing: " + (", ".join(absent) or "-")
-        )
+        said = ", ".join(f"{name} {version}" for name, version in found.items() if version)
+        self.say(f"Python {platform.python_version()}, {os.cpu_count()} cores, {said}")
+        for command in (["nvidia-smi"], ["nvcc", "--version"]):
+            if shutil.which(command[0], path=self.env["PATH"]):
+                self.run(command[0], command, 20)
+        missing = "missing: " + ", ".join(absent) if absent else "nothing is missing"
+        self.row("packages", "some" if absent else "ok", missing)
 
     def build(self) -> bool:
         shutil.rmtree(SITE, ignore_errors=True)
         cuda = "ON" if self.device == "cuda" else "OFF"
-        command = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps"]
-        command += ["--disable-pip-version-check", "--target", str(SITE)]
-        command += ["-C", f"cmake.define.PYGPT_CUDA={cuda}", "-C", "build-dir=build/gpu-build", "."]
+        pip = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps"]
+        pip += ["--disable-pip-version-check", "--target", str(SITE)]
+        pip += ["-C", f"cmake.define.PYGPT_CUDA={cuda}", "-C", "build-dir=build/gpu-build", "."]
         began = time.perf_counter()
-        if self.run("build", command, 300) is None:
-            return False
+        if self.run("build with pip", pip, 200) is None:  # CMake alone needs less
+            shutil.copytree(
+                ROOT / "pygpt", SITE / "pygpt", ignore=shutil.ignore_patterns("*.so", "__pycache__")
+            )
+            folder = str(ROOT / "build" / "gpu-cmake")
+            configure = ["cmake", "-S", ".", "-B", folder, f"-DPYGPT_CUDA={cuda}"]
+            configure += [f"-DPython_EXECUTABLE={sys.executable}"]
+            configure += [f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={SITE / 'pygpt'}"]
+            if self.run("cmake", configure, 60) is None:
+                return False
+            if self.run("build", ["cmake", "--build", folder, "--parallel"], 200) is None:
+                return False
         self.row("build", "ok", f"{time.perf_counter() - began:.0f} s, PYGPT_CUDA={cuda}")
         return True
 
-    def tests(self) -> None:
-        select = ["-m", "cuda"] if self.device == "cuda" else ["tests/test_model.py"]
+    def tests(self, kind: str, limit: int) -> None:
         command = [sys.executable, "-m", "pytest", "-o", "pythonpath=", "-p", "no:cacheprovider"]
-        command += ["--import-mode=importlib", *select]
-        output = self.run("tests", command, 240)
-        if output is not None:
-            found = re.findall(r"\d+ passed.*", output)
-            self.row("tests", "ok", found[-1].rstrip(" =") if found else "?")
+        command += ["--import-mode=importlib", "-W", "default", "--tb=short", "-rs", "--maxfail=8"]
+        if self.device == "cuda":
+            command += ["tests/test_cuda.py", "-k", KINDS[kind]]
+        else:
+            command += ["tests/test_norm.py"]
+        output = self.run(f"tests, {kind}", command, limit)
+        if output is None:
+            return
+        found = re.findall(r"\d+ passed.*", output)
+        if found:
+            self.proved.add(kind)
+            self.row(f"tests, {kind}", "ok", found[-1].rstrip(" ="))
+        else:
+            why = re.findall(r"^SKIPPED.*?: (.*)$", output, re.M)
+            state = "some" if kind == "sanitizer" else "FAILED"
+            self.row(f"tests, {kind}", state, "; ".join(["nothing ran", *why[:1]]))
 
     def training(self) -> None:
-        output = self.run(
-            "training", [sys.executable, "-c", TRAIN, self.device], 120, ROOT / "build"
-        )
+        command = [sys.executable, "-c", TRAIN, self.device]
+        output = self.run("train, generate", command, 90, ROOT / "build")
         if output is not None:
             said = json.loads(next(x for x in output.splitlines() if x.startswith("{")))
             text = ", ".join(f"{name} {value:,.3g}" for name, value in said.items())
             self.row("train, generate", "ok", text)
 
-    def benchmarks(self) -> None:
-        bench = ROOT / "benchmarks" / "bench_cuda.py"
-        if self.device == "cuda" and bench.exists():
-            left = max(20, self.deadline - time.perf_counter() - 40)  # the last section ends later
-            command = [sys.executable, str(bench), "--seconds", str(int(min(left, 200)))]
-            output = self.run("benchmarks", command, 300)
-            if output is not None:
-                self.row("benchmarks", "ok", "table above")
+    def benchmark(self, sections: list[str], limit: int) -> None:
+        bench = str(ROOT / "benchmarks" / "bench_cuda.py")
+        command = [sys.executable, bench, *sections, "--device", self.device]
+        command += ["--seconds", str(limit // 2), "--out", str(self.out)]
+        if (output := self.run("bench " + " ".join(sections), command, limit)) is not None:
+            failed = re.findall(r"^(\w+): FAILED", output, re.M)
+            state = "some" if failed else "ok"
+            said = f"{', '.join(dict.fromkeys(failed))} failed; " if failed else ""
+            self.row("bench " + " ".join(sections), state, said + "table above and in --out")
+
+    def measured(self) -> list[tuple[str, str, str, float]]:
+        """What this run's benchmarks wrote."""
+        files = [p for p in self.out.glob("cuda-*.json") if p.stat().st_mtime >= self.began]
+        return [tuple(x) for p in sorted(files) for x in json.loads(p.read_text("utf-8"))]
 
     def table(self) -> int:
         import torch
 
-        print("\n" + "=" * 100)
-        name = torch.cuda.get_device_name() if self.device == "cuda" else "cpu (a rehearsal)"
-        print(f"pygpt gpu-check on {name}, torch {torch.__version__}, CUDA {torch.version.cuda}")
+        cuda = self.device == "cuda"
+        name = torch.cuda.get_device_name() if cuda else "a CPU, in a rehearsal"
+        today = datetime.date.today()
+        lines = [
+            "=" * 100,
+            f"pygpt gpu-check, {today}: {name}, torch {torch.__version__}, CUDA {torch.version.cuda}",
+        ]
         for step, state, said in self.rows:
-            lines = textwrap.wrap(said, 74) or [""]
-            print(f"{step:16} {state:7} {lines[0]}")
-            for line in lines[1:]:
-                print(f"{'':24} {line}")
+            first, *others = textwrap.wrap(said, 66) or [""]
+            lines += [f"{step:24} {state:7} {first}", *(f"{'':32} {line}" for line in others)]
+        capability = torch.cuda.get_device_capability() if cuda else (0, 0)
+        where = f"{today} on {name}, torch {torch.__version__}"
+        lines.append("For MEASURED in pygpt/ops/dispatch.py:")
+        lines += verdict(self.measured(), self.proved, capability, where) or [
+            "nothing was measured"
+        ]
+        self.say("\n" + "\n".join(lines), 20000)
         return int(any(state == "FAILED" for _, state, _ in self.rows))
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
-    parser.add_argument("--seconds", type=float, default=540, help="for all steps together")
+    parser.add_argument("--seconds", type=float, default=520, help="for all steps together")
+    results = ROOT / "benchmarks" / "results"
+    parser.add_argument("--out", type=Path, default=results, help="folder for tables and the log")
     arguments = parser.parse_args()
     device = arguments.device
     if versions(["torch"])["torch"] is None:
@@ -175,12 +282,18 @@ def main() -> int:
     if device == "cuda" and not torch.cuda.is_available():
         print("gpu-check: torch sees no GPU here (torch.cuda.is_available() is False)")
         return 2
-    check = Check(device, arguments.seconds)
+    check = Check(device, arguments.seconds, arguments.out.resolve())
     check.packages()
-    if check.build():
-        check.tests()
+    if check.build():  # the most telling steps first: the last ones may find no time left
+        for kind in ("attention", "sampling", "losses"):
+            check.tests(kind, 100)
+        check.benchmark(["attention", "small", "decode"], 120)
+        check.benchmark(["sampling", "loss", "float"], 80)
+        check.tests("models", 80)
         check.training()
-        check.benchmarks()
+        check.benchmark(["generate"], 80)
+        check.benchmark(["step"], 200)
+        check.tests("sanitizer", 190)
     return check.table()
 
 

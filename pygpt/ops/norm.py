@@ -42,23 +42,22 @@ def add_norm(
             f"{tuple(branch.shape)}, {tuple(weight.shape)} and {tuple(bias.shape)}"
         )
     dtype = autocast_dtype(x)
-    on_cpu = x.device.type == "cpu" and not torch.compiler.is_compiling()
-    if impl == "auto" and not on_cpu:
-        impl = "torch"  # in `backend("native")` too: there is no other
     native = (
-        on_cpu
+        x.device.type == "cpu"
         and x.dtype == weight.dtype == bias.dtype == torch.float32
         and branch.dtype == dtype in DTYPES
         and branch.is_cpu
         and weight.is_cpu
         and bias.is_cpu
         and x.numel() > 0
+        and not torch.compiler.is_compiling()
     )
     learns = torch.is_grad_enabled() and x.numel() >= _FEW
-    match resolve(impl, native=native, auto=learns):
-        case "native":
+    # Torch's for what has no kernel in `backend("native")` too: a model is to run there.
+    match resolve(impl, native=native or impl == "auto", auto=native and learns):
+        case "native" if native:
             return _AddNorm.apply(x, branch, weight, bias, eps)  # type: ignore[no-any-return,no-untyped-call]
-        case "torch":
+        case "native" | "torch":
             total = x + branch
             return total, F.layer_norm(total, weight.shape, weight, bias, eps)
         case _:
