@@ -46,8 +46,10 @@ def say(line: str) -> None:
     print(line, flush=True)
 
 
-def compare(op: str, dtype: torch.dtype, shape: str, ours: float, torchs: float) -> None:
-    verdicts.append((op, str(dtype), shape, ours / torchs))
+def compare(op: str, dtype: torch.dtype, shape: str, found: dict[str, float]) -> None:
+    """Notes the kernel's time over that of torch's choice; infinity where the kernel failed."""
+    ratio = found.get("pygpt", math.inf) / found.get("torch", 1.0)
+    verdicts.append((op, str(dtype), shape, ratio))
 
 
 def random(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -161,8 +163,8 @@ def attention() -> None:
                 shape = f"{str(dtype)[6:]} D {d:3} T {t:5}"
                 say(f"   {shape}   " + "   ".join(rates))
                 for i, way in enumerate(("forward", "backward")):
-                    times = found["pygpt"][i], found["torch"][i]
-                    compare("causal_attention", dtype, f"{way} {shape}", *times)
+                    times = {name: both[i] for name, both in found.items()}
+                    compare("causal_attention", dtype, f"{way} {shape}", times)
 
 
 def small_attention() -> None:
@@ -172,8 +174,7 @@ def small_attention() -> None:
         sides = attention_sides(q, k, v)
         found = {name: milliseconds(in_graph(call)) * 50 for name, call in sides.items()}
         say(f"   B {b} T {t:4}   " + "   ".join(f"{n} {x:.1f}" for n, x in found.items()))
-        shape = f"small B {b} T {t}"
-        compare("causal_attention", q.dtype, shape, found["pygpt"], found["torch"])
+        compare("causal_attention", q.dtype, f"small B {b} T {t}", found)
 
 
 def float_attention() -> None:
@@ -187,7 +188,8 @@ def float_attention() -> None:
         found[name] = forward, backward(call, (q, k, v), dout)
     say("   " + "   ".join(f"{n} {x:.2f} | {y:.2f}" for n, (x, y) in found.items()))
     for i, way in enumerate(("forward", "backward")):
-        compare("causal_attention", q.dtype, way, found["pygpt"][i], found["torch"][i])
+        times = {name: both[i] for name, both in found.items()}
+        compare("causal_attention", q.dtype, way, times)
 
 
 def decode(bandwidth: float) -> None:
@@ -225,8 +227,7 @@ def decode(bandwidth: float) -> None:
                     for name, each in found.items()
                 )
                 say(f"   {shape}   " + "   ".join(shares))
-                times = found["pygpt"], found["torch"]
-                compare("causal_attention", torch.bfloat16, f"decode {shape}", *times)
+                compare("causal_attention", torch.bfloat16, f"decode {shape}", found)
 
 
 def sampling() -> None:
@@ -255,16 +256,16 @@ def sampling() -> None:
         arguments = (logits, uniforms, parameters, None, None)
         sides = {
             "pygpt": lambda a=arguments: torch.ops.pygpt.sample(*a),
-            "pygpt from torch's ops": lambda a=arguments: sample_torch(*a),
+            "torch": lambda a=arguments: sample_torch(*a),  # pygpt's own, from torch's ops
             "sort, softmax, draw": usual,
         }
-        assert torch.equal(sides["pygpt"](), sides["pygpt from torch's ops"]())
+        assert torch.equal(sides["pygpt"](), sides["torch"]())
         if flashinfer is not None:
             draw = flashinfer.sampling.top_k_top_p_sampling_from_logits
             sides["flashinfer"] = functools.partial(draw, logits, 50, 0.9)
         found = {name: milliseconds(in_graph(call, 5)) * 200 for name, call in sides.items()}
         shape = f"{str(dtype)[6:]} B {b:2}"
-        compare("sample", dtype, shape, found["pygpt"], found["pygpt from torch's ops"])
+        compare("sample", dtype, shape, found)
         for values in ((1.0, 0, 0.9, 0, 1, 0, 0), (1.0, 0, 1.0, 0, 1, 0, 0)):
             plain = torch.tensor([values], dtype=torch.float64, device=device)
             only = (logits, uniforms, plain, None, None)
@@ -288,7 +289,7 @@ def losses() -> None:
             ("cross_entropy", (logits,), targets[:some]),
         ):
             found, sums = {}, []
-            for impl in ("native", "torch"):
+            for name, impl in (("pygpt", "native"), ("torch", "torch")):
 
                 def call(
                     op: str = op,
@@ -309,11 +310,11 @@ def losses() -> None:
                 if not CPU:
                     own = sum(one.nbytes for one in inputs)
                     beyond = (torch.cuda.max_memory_allocated() - before - own) / 1e6
-                found[impl] = took, beyond
+                found[name] = took, beyond
             assert abs(sums[0] - sums[1]) < 0.02, sums
-            both = (f"{impl} {took:.2f} ms {mb:.0f} MB" for impl, (took, mb) in found.items())
+            both = (f"{name} {took:.2f} ms {mb:.0f} MB" for name, (took, mb) in found.items())
             say(f"   {op} {str(dtype)[6:]}   " + "   ".join(both))
-            compare(op, dtype, f"{rows} rows", found["native"][0], found["torch"][0])
+            compare(op, dtype, f"{len(labels)} rows", {n: took for n, (took, _) in found.items()})
 
 
 def training_step(matmul: float) -> None:

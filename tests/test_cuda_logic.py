@@ -649,3 +649,26 @@ def test_losses_for_a_gpu_are_those_of_the_cpu(
         linear_loss._pass(on_gpu(x), on_gpu(weight), on_gpu(bias), *last),
         torch.ops.pygpt.linear_cross_entropy(x, weight, bias, *last),
     )
+
+
+def test_gpu_check_suggests_only_what_was_right_and_nowhere_slower() -> None:
+    spec = importlib.util.spec_from_file_location("gpu_check", ROOT / "tools/gpu_check.py")
+    assert spec is not None and spec.loader is not None
+    gpu_check = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(gpu_check)
+    measured = [
+        ("sample", "torch.float32", "B 1", 0.2),
+        ("sample", "torch.float32", "B 64", 1.01),
+        ("causal_attention", "torch.bfloat16", "T 128", 0.9),
+        ("causal_attention", "torch.bfloat16", "T 2048", 1.3),
+        ("cross_entropy", "torch.float32", "4096 rows", 0.5),
+        ("step", "", "FAILED", math.inf),
+    ]
+    lines = gpu_check.verdict(measured, {"sampling", "attention"}, (9, 0), "a day, a GPU")
+    assert lines == [
+        '    ("sample", torch.float32, (9, 0)): "a day, a GPU",',
+        "not causal_attention torch.bfloat16: slower at 1 of 2 shapes, 1.30 times torch's time at "
+        "T 2048",
+        "not cross_entropy torch.float32: its tests failed",
+        "the benchmark 'step' failed",
+    ]

@@ -2,8 +2,8 @@
 
 `make gpu-check` needs no network and no virtual environment: the package goes into build/gpu-check,
 missing Python packages are named instead of failing, every step is a process of its own and runs
-even when one before it failed, and a table comes last, with the lines that pygpt/ops/dispatch.py may
-take up. The benchmarks' tables and the whole output go to --out, benchmarks/results by default.
+even when one before it failed, and a table comes last, with the lines that pygpt/ops/dispatch.py
+may take up. The benchmarks' tables and the whole output go to --out, benchmarks/results by default.
 `python3 tools/gpu_check.py --device cpu` rehearses the steps without a GPU.
 """
 
@@ -251,14 +251,16 @@ class Check:
         today = datetime.date.today()
         lines = [
             "=" * 100,
-            f"pygpt gpu-check, {today}: {name}, torch {torch.__version__}, CUDA {torch.version.cuda}",
+            f"pygpt gpu-check, {today}: {name}",
+            f"torch {torch.__version__}, CUDA {torch.version.cuda}",
         ]
         for step, state, said in self.rows:
             first, *others = textwrap.wrap(said, 66) or [""]
             lines += [f"{step:24} {state:7} {first}", *(f"{'':32} {line}" for line in others)]
         capability = torch.cuda.get_device_capability() if cuda else (0, 0)
-        where = f"{today} on {name}, torch {torch.__version__}"
-        lines.append("For MEASURED in pygpt/ops/dispatch.py:")
+        where = f"{today}, {name}, torch {torch.__version__.partition('+')[0]}"
+        unless = "" if cuda else " (from a GPU; not these)"
+        lines.append(f"For MEASURED in pygpt/ops/dispatch.py{unless}:")
         lines += verdict(self.measured(), self.proved, capability, where) or [
             "nothing was measured"
         ]
