@@ -6,14 +6,14 @@ namespace pygpt::PYGPT_ISA_NAMESPACE {
 
 Call describe(const AttentionArgs& a) {
   const bool pairs = kHasPairs && a.dtype == DType::kBFloat16;
-  const int64_t words = pairs ? a.dim / 2 : a.dim;
+  const int64_t words = pairs ? a.dim / 2 : a.dim, few_step = a.queries > 4 ? 32 : 16;
   return {.a = a,
           .element = a.dtype == DType::kFloat32 ? 4 : 2,
           .group = a.heads / a.kv_heads,
           .pitch = round_up(a.dim, kLanes),
           .words = words,
           .word_pitch = round_up(words, kLanes),
-          .score_step = a.queries <= 8 && !pairs ? 32 : 128,
+          .score_step = pairs || a.queries > 8 ? 128 : few_step,
           .factor = a.scale * 1.44269504088896341f,  // log2(e)
           .pairs = pairs,
           .lo = nullptr,
