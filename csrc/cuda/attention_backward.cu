@@ -7,22 +7,32 @@
 namespace pygpt {
 namespace {
 
-// delta[i] = sum over channels of dout[i] * out[i]; a warp per row, all types.
-template <class T>
+// delta[i] = sum over channels of dout[i] * out[i]; a lane has 16 bytes of a row, all types.
+template <class T, int kD>
 __global__ void __launch_bounds__(256)
     attention_delta(const CudaAttention a, const CudaAttentionGradient g) {
-  const int64_t row = static_cast<int64_t>(blockIdx.x) * 8 + threadIdx.x / kWarp;
-  if (row >= static_cast<int64_t>(a.batches) * a.heads * a.queries) return;
-  const int query = row % a.queries, head = row / a.queries % a.heads;
-  const int batch = row / a.queries / a.heads;
-  const T* out = head_of<const T>(a.out, batch, head) + query * a.out.token;
-  const T* dout = head_of<const T>(g.dout, batch, head) + query * g.dout.token;
+  constexpr int kWide = 16 / sizeof(T), kLanes = kD / kWide;
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * (256 / kLanes) + threadIdx.x / kLanes;
+  const bool exists = row < static_cast<int64_t>(a.batches) * a.heads * a.queries;
+  const int d = threadIdx.x % kLanes * kWide;
   float sum = 0.0f;
-  for (int d = threadIdx.x % kWarp; d < a.channels; d += kWarp) {
-    sum += to_float(out[d]) * to_float(dout[d]);
+  if (exists && d < a.channels) {
+    const int query = row % a.queries, head = row / a.queries % a.heads;
+    const int batch = row / a.queries / a.heads;
+    union {
+      uint4 word;
+      T elements[kWide];
+    } out, dout;
+    out.word = *reinterpret_cast<const uint4*>(head_of<const T>(a.out, batch, head) +
+                                               query * a.out.token + d);
+    dout.word = *reinterpret_cast<const uint4*>(head_of<const T>(g.dout, batch, head) +
+                                                query * g.dout.token + d);
+#pragma unroll
+    for (int i = 0; i < kWide; ++i) sum += to_float(out.elements[i]) * to_float(dout.elements[i]);
   }
-  sum = warp_reduce(sum, [](float x, float y) { return x + y; });
-  if (threadIdx.x % kWarp == 0) g.delta[row] = sum;
+#pragma unroll
+  for (int mask = kLanes / 2; mask; mask /= 2) sum += shuffle_xor(sum, mask);
+  if (exists && d == 0) g.delta[row] = sum;
 }
 
 // dq: a block of 4 warps owns kRows queries and walks over their keys, as the forward does.
@@ -140,15 +150,13 @@ __global__ void __launch_bounds__(kWarps* kWarp, 1)
   const int first_query = sequence.first_query(first_key) / kQueries * kQueries;
   const int end_query =
       first_key < sequence.keys ? sequence.end_query(first_key + kKeys - 1) : first_query;
-  const int tiles = greatest((end_query - first_query + kQueries - 1) / kQueries, 0);
 
   char* memory = shared_memory();
   constexpr int kTile = kQueries * kD * 2, kStage = 2 * kTile + 2 * kQueries * 4;
   const uint32_t k_tile = shared_address(memory), v_tile = k_tile + kKeys * kD * 2;
   const int stages = 2 * kKeys * kD * 2;  // offset of two of: q, dout, lse, delta
-  const auto load_queries = [&](int step) {
-    const int head = kv_head * group + step / tiles, query = first_query + step % tiles * kQueries;
-    const uint32_t tile = k_tile + stages + step % 2 * kStage;
+  const auto load_queries = [&](int head, int query, int stage) {
+    const uint32_t tile = k_tile + stages + stage * kStage;
     load_tile<kQueries, kD, kThreads>(tile, head_of<const T>(a.q, batch, head), a.q.token, query,
                                       a.queries, a.channels, thread);
     load_tile<kQueries, kD, kThreads>(tile + kTile, head_of<const T>(g.dout, batch, head),
@@ -169,18 +177,21 @@ __global__ void __launch_bounds__(kWarps* kWarp, 1)
                                  first_key, sequence.keys, a.channels, thread);
   load_tile<kKeys, kD, kThreads>(v_tile, head_of<const T>(a.v, batch, kv_head), a.v.token,
                                  first_key, sequence.keys, a.channels, thread);
-  if (tiles) load_queries(0);
+  int head = kv_head * group, query = first_query, stage = 0;
+  const int end_head = first_query < end_query ? head + group : head;
+  if (head < end_head) load_queries(head, query, stage);
   copy_commit();
   const float scale = a.scale * kLog2E;
-  for (int step = 0; step < tiles * group; ++step) {
-    if (step + 1 < tiles * group) load_queries(step + 1);
+  while (head < end_head) {
+    const bool last_tile = query + kQueries >= end_query;
+    const int next_head = head + last_tile, next_query = last_tile ? first_query : query + kQueries;
+    if (next_head < end_head) load_queries(next_head, next_query, stage ^ 1);
     copy_commit();
     copy_wait<1>();
     barrier();
-    const int head = kv_head * group + step / tiles, query = first_query + step % tiles * kQueries;
-    const int stage = stages + step % 2 * kStage;
-    const uint32_t q_tile = k_tile + stage, dout_tile = q_tile + kTile;
-    const float* lse = reinterpret_cast<const float*>(memory + stage + 2 * kTile);
+    const int offset = stages + stage * kStage;
+    const uint32_t q_tile = k_tile + offset, dout_tile = q_tile + kTile;
+    const float* lse = reinterpret_cast<const float*>(memory + offset + 2 * kTile);
     const float* delta = lse + kQueries;
     float p[1][kN][4], dp[1][kN][4];
     uint32_t kept[kN];
@@ -227,6 +238,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, 1)
     }
     multiply<T, kD>(dk, p, q_tile, 0);
     barrier();  // nobody reads this stage any more
+    head = next_head, query = next_query, stage ^= 1;
   }
   copy_wait<0>();
   barrier();
@@ -239,10 +251,11 @@ __global__ void __launch_bounds__(kWarps* kWarp, 1)
                        head_of<T>(g.dv, batch, kv_head), g.dv.token, warp_key, a.keys, a.channels);
 }
 
-template <class T, int kD, int kKeys, bool kDropout>
+template <class T, int kD, int kM, int kKeys, bool kDropout>
 void launch_dq(const CudaAttention& a, const CudaAttentionGradient& g, const CudaLaunch& launch) {
-  const dim3 grid(a.batches * a.heads, (a.queries + 63) / 64);
-  launch_kernel(attention_dq<T, kD, 1, kKeys, kDropout>, grid, 128, dq_bytes<kD, 1, kKeys>(),
+  constexpr int kRows = 4 * kM * 16;
+  const dim3 grid(a.batches * a.heads, (a.queries + kRows - 1) / kRows);
+  launch_kernel(attention_dq<T, kD, kM, kKeys, kDropout>, grid, 128, dq_bytes<kD, kM, kKeys>(),
                 launch.device, launch.stream, a, g);
 }
 
@@ -254,12 +267,18 @@ void launch_dkv(const CudaAttention& a, const CudaAttentionGradient& g, const Cu
                 dkv_bytes<kD, kWarps, kQueries>(), launch.device, launch.stream, a, g);
 }
 
+template <class T, int kD>
+void launch_delta_of(const CudaAttention& a, const CudaAttentionGradient& g,
+                     const CudaLaunch& launch) {
+  constexpr int kRows = 256 * 16 / sizeof(T) / kD;  // of a block
+  const int64_t rows = static_cast<int64_t>(a.batches) * a.heads * a.queries;
+  launch_kernel(attention_delta<T, kD>, dim3((rows + kRows - 1) / kRows), 256, 0, launch.device,
+                launch.stream, a, g);
+}
 template <class T>
 void launch_delta(const CudaAttention& a, const CudaAttentionGradient& g,
                   const CudaLaunch& launch) {
-  const int64_t rows = static_cast<int64_t>(a.batches) * a.heads * a.queries;
-  launch_kernel(attention_delta<T>, dim3((rows + 7) / 8), 256, 0, launch.device, launch.stream, a,
-                g);
+  a.channels <= 64 ? launch_delta_of<T, 64>(a, g, launch) : launch_delta_of<T, 128>(a, g, launch);
 }
 
 // Tiles as large as registers allow without spills, and shared memory within the 99 KB of consumer
@@ -267,10 +286,14 @@ void launch_delta(const CudaAttention& a, const CudaAttentionGradient& g,
 template <class T, bool kDropout>
 void backward(const CudaAttention& a, const CudaAttentionGradient& g, const CudaLaunch& launch) {
   if (a.channels <= 64) {
-    launch_dq<T, 64, 64, kDropout>(a, g, launch);
+    if (!kDropout && tall_blocks_fill(a, launch)) {
+      launch_dq<T, 64, 2, 64, false>(a, g, launch);
+    } else {
+      launch_dq<T, 64, 1, 64, kDropout>(a, g, launch);
+    }
     launch_dkv<T, 64, 64, kDropout>(a, g, launch);
   } else {
-    launch_dq<T, 128, kDropout ? 32 : 64, kDropout>(a, g, launch);
+    launch_dq<T, 128, 1, kDropout ? 32 : 64, kDropout>(a, g, launch);
     launch_dkv<T, 128, 32, kDropout>(a, g, launch);
   }
 }

@@ -147,12 +147,10 @@ void launch_forward(const CudaAttention& a, const CudaLaunch& launch) {
 
 template <class T, int kD>
 void choose_rows(const CudaAttention& a, const CudaLaunch& launch) {
-  // Tall blocks read the keys less often; short ones fill the multiprocessors when there is little,
-  // and leave registers for dropout.
-  const int64_t tall_blocks = static_cast<int64_t>(a.batches) * a.heads * ((a.queries + 127) / 128);
+  // Short blocks leave registers for dropout.
   if (a.dropout_threshold > 0) {
     launch_forward<T, kD, 1, 64, true>(a, launch);
-  } else if (tall_blocks >= 2 * multiprocessors(launch.device)) {
+  } else if (tall_blocks_fill(a, launch)) {
     launch_forward<T, kD, 2, kD == 64 ? 64 : 32, false>(a, launch);
   } else {
     launch_forward<T, kD, 1, 64, false>(a, launch);

@@ -247,6 +247,13 @@ __device__ __forceinline__ void mask_transposed(float (&scores)[1][kN][4], const
   }
 }
 
+// Blocks of 128 queries read the keys less often than those of 64, which are better where there is
+// too little to fill the multiprocessors twice.
+inline bool tall_blocks_fill(const CudaAttention& a, const CudaLaunch& launch) {
+  const int64_t blocks = static_cast<int64_t>(a.batches) * a.heads * ((a.queries + 127) / 128);
+  return blocks >= 2 * multiprocessors(launch.device);
+}
+
 // --- dropout ---------------------------------------------------------------------------------
 
 struct Dropout {
