@@ -123,23 +123,48 @@ Row take_scratch(int64_t vocab) {
   return row;
 }
 
-// Keys of one row, with bias and penalties; keys past the end are those of -inf.
+// Maximum of each block into row.blocks; false where the row has a NaN, +inf, or no finite logit.
+// With `read` the keys are made on the way.
+template <class Read>
+bool block_maxima(const Row& row, int64_t n, int32_t* max, const Read& read) {
+  int32_t greatest = kNegativeInfinity, least = kPositiveInfinity;
+  const auto block = [&](int64_t first, int64_t size) PYGPT_LAMBDA {
+    int32_t high = kNegativeInfinity, low = kPositiveInfinity;
+    for (int64_t i = first; i < first + size; ++i) {
+      const int32_t key = read(i);
+      row.keys[i] = key;
+      high = key > high ? key : high;
+      low = key < low ? key : low;
+    }
+    row.blocks[first / kBlock] = high;
+    greatest = high > greatest ? high : greatest;
+    least = low < least ? low : least;
+  };
+  const int64_t whole = n / kBlock * kBlock;
+  for (int64_t first = 0; first < whole; first += kBlock) block(first, kBlock);
+  if (whole < n) block(whole, n - whole);
+  for (int64_t i = n; i < blocks_of(n) * kBlock; ++i) row.keys[i] = kNegativeInfinity;
+  *max = greatest;
+  return least >= kNegativeInfinity && greatest < kPositiveInfinity && greatest > kNegativeInfinity;
+}
+
+// Keys of one row, with bias and penalties, and their block maxima.
 template <class T>
-void read_keys(const SampleArgs& args, int64_t r, const SampleParameters& p, const Row& row) {
+bool read_keys(const SampleArgs& args, int64_t r, const SampleParameters& p, const Row& row,
+               int32_t* max) {
   const T* logits = static_cast<const T*>(args.logits) + r * args.logits_stride;
   const int64_t n = args.vocab;
+  const auto key_of = [](float z) { return ordered(bit_cast<int32_t>(z + 0.0f)); };
+  bool fine;
   if (args.bias) {
     const float* bias = args.bias + r * args.bias_stride;
-    for (int64_t i = 0; i < n; ++i) {
-      row.keys[i] = ordered(bit_cast<int32_t>(to_float(logits[i]) + bias[i] + 0.0f));
-    }
+    fine = block_maxima(
+        row, n, max, [&](int64_t i) PYGPT_LAMBDA { return key_of(to_float(logits[i]) + bias[i]); });
   } else {
-    for (int64_t i = 0; i < n; ++i) {
-      row.keys[i] = ordered(bit_cast<int32_t>(to_float(logits[i]) + 0.0f));
-    }
+    fine = block_maxima(row, n, max,
+                        [&](int64_t i) PYGPT_LAMBDA { return key_of(to_float(logits[i])); });
   }
-  for (int64_t i = n; i < blocks_of(n) * kBlock; ++i) row.keys[i] = kNegativeInfinity;
-  if (!args.history_length) return;
+  if (!args.history_length) return fine;
   const int64_t* history = args.history + r * args.history_length;
   const auto repetition = static_cast<float>(p.repetition_penalty);
   const auto presence = static_cast<float>(p.presence_penalty);
@@ -157,27 +182,10 @@ void read_keys(const SampleArgs& args, int64_t r, const SampleParameters& p, con
     float z = bit_cast<float>(ordered(row.keys[i]));
     z = z > 0.0f ? z / repetition : z * repetition;
     z = z - (presence + frequency * static_cast<float>(count[i]));
-    row.keys[i] = ordered(bit_cast<int32_t>(z + 0.0f));
+    row.keys[i] = key_of(z);
     count[i] = 0;
   }
-}
-
-// Maximum of each block into row.blocks; false where the row has a NaN, +inf, or no finite logit.
-bool block_maxima(const Row& row, int64_t blocks, int32_t* max) {
-  int32_t greatest = kNegativeInfinity, least = kPositiveInfinity;
-  for (int64_t b = 0; b < blocks; ++b) {
-    const int32_t* keys = row.keys + b * kBlock;
-    int32_t high = keys[0], low = keys[0];
-    for (int i = 0; i < kBlock; ++i) {
-      high = keys[i] > high ? keys[i] : high;
-      low = keys[i] < low ? keys[i] : low;
-    }
-    row.blocks[b] = high;
-    greatest = high > greatest ? high : greatest;
-    least = low < least ? low : least;
-  }
-  *max = greatest;
-  return least >= kNegativeInfinity && greatest < kPositiveInfinity && greatest > kNegativeInfinity;
+  return block_maxima(row, n, max, [&](int64_t i) PYGPT_LAMBDA { return row.keys[i]; });
 }
 
 // The k-th greatest block maximum, which at least k keys reach; every key does where k is too many.
@@ -187,43 +195,49 @@ int32_t floor_of_blocks(const Row& row, int64_t blocks, int64_t k) {
   return select(row.items, blocks, k).key;
 }
 
-// Leaves the keys above `key` and the first `ties` equal to it, in index order, and their tokens in
-// row.ids; returns how many.
-int64_t gather(const Row& row, int64_t n, int32_t key, int64_t ties) {
-  int64_t kept = 0;
+// Where the keys from `floor` on stand, in order, as the keys of row.items; returns how many.
+int64_t find_reaching(const Row& row, int64_t n, int32_t floor) {
+  int64_t count = 0;
   for (int64_t b = 0; b < blocks_of(n); ++b) {
-    if (row.blocks[b] < key) continue;
-    const int64_t end = (b + 1) * kBlock < n ? (b + 1) * kBlock : n;
-    for (int64_t i = b * kBlock; i < end; ++i) {
-      const int32_t candidate = row.keys[i];
-      row.keys[kept] = candidate;
-      row.ids[kept] = static_cast<int32_t>(i);
-      kept += candidate > key || (candidate == key && ties > 0);  // no branch is foreseen here
-      ties -= candidate == key;
+    if (row.blocks[b] < floor) continue;
+    uint64_t reach = 0;
+    for (int i = 0; i < kBlock; i += kLanes) {
+      const I32 keys = load(row.keys + b * kBlock + i);
+      reach |= static_cast<uint64_t>(bits(keys > broadcast(floor - 1))) << i;
     }
+    const auto take = [&]() PYGPT_LAMBDA {
+      row.items[count].key = static_cast<int32_t>(b * kBlock + (std::countr_zero(reach) & 63));
+      count += reach != 0;
+      reach &= reach - 1;
+    };
+    take();  // two without a branch that nobody could foresee: few blocks have more
+    take();
+    while (reach) take();
+  }
+  return count;
+}
+
+// Leaves the keys above `key` and the first `ties` equal to it, in index order, and their tokens in
+// row.ids, where they are already if keys were left out before; returns how many.
+int64_t gather(const Row& row, int64_t n, int32_t key, int64_t ties, bool left_out) {
+  const int64_t count = find_reaching(row, n, key);
+  int64_t kept = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const int32_t place = row.items[i].key, candidate = row.keys[place];
+    row.keys[kept] = candidate;
+    row.ids[kept] = left_out ? row.ids[place] : place;
+    kept += candidate > key || ties > 0;
+    ties -= candidate == key;
   }
   for (int64_t i = kept; i < blocks_of(kept) * kBlock; ++i) row.keys[i] = kNegativeInfinity;
   return kept;
 }
 
-// The keys of blocks whose maximum is at least `floor`, of those not below it, as items.
-int64_t list(const Row& row, int64_t n, int32_t floor) {
-  int64_t kept = 0;
-  for (int64_t b = 0; b < blocks_of(n); ++b) {
-    if (row.blocks[b] < floor) continue;
-    const int64_t end = (b + 1) * kBlock < n ? (b + 1) * kBlock : n;
-    for (int64_t i = b * kBlock; i < end; ++i) {
-      row.items[kept] = {row.keys[i], 1};
-      kept += row.keys[i] >= floor;
-    }
-  }
-  return kept;
-}
-
 int64_t keep_top_k(const Row& row, int64_t vocab, int64_t k) {
-  const int64_t n = list(row, vocab, floor_of_blocks(row, blocks_of(vocab), k));
+  const int64_t n = find_reaching(row, vocab, floor_of_blocks(row, blocks_of(vocab), k));
+  for (int64_t i = 0; i < n; ++i) row.items[i] = {row.keys[row.items[i].key], 1};
   const Cut cut = select(row.items, n, k);
-  return gather(row, vocab, cut.key, k - cut.above);
+  return gather(row, vocab, cut.key, k - cut.above, false);
 }
 
 struct Weigher {
@@ -256,45 +270,46 @@ struct Weigher {
     (*this)(keys, weights, u);
     return weights[0];
   }
-  // The sum of a block's weights; with kFiltered of weights from `least` and keys from `floor`.
-  template <bool kFiltered>
-  int64_t sum(const int32_t* keys, int64_t least = 0, int32_t floor = 0) const {
+  // The sum of a block's weights, of those from `least`.
+  int64_t sum(const int32_t* keys, int64_t least) const {
     int64_t weights[kBlock], total = 0;
     float u[kBlock];
     (*this)(keys, weights, u);
-    for (int i = 0; i < kBlock; ++i) {
-      const int64_t taken = kFiltered ? (weights[i] >= least) & (keys[i] >= floor) : 1;
-      total += weights[i] & -taken;
+    if (least <= 0) {
+      for (int i = 0; i < kBlock; ++i) total += weights[i];
+    } else {
+      for (int i = 0; i < kBlock; ++i) total += weights[i] >= least ? weights[i] : 0;
     }
     return total;
   }
 };
 
-// The least key of the smallest set of greatest keys whose weight reaches top_p of all; those equal
-// to it that are too many become -inf.
-int32_t find_top_p(const Row& row, int64_t n, const Weigher& weigher, double top_p) {
+// Leaves the fewest greatest keys whose weight reaches top_p of all, of equal ones the first.
+int64_t keep_top_p(const Row& row, int64_t n, const Weigher& weigher, double top_p, bool left_out) {
   const int64_t blocks = blocks_of(n);
   int64_t weights[kBlock];
   float u[kBlock];
-  // Of most distributions the keys above this floor, about one in a hundred, are enough.
-  const int32_t floor = floor_of_blocks(row, blocks, (3 * blocks + 4) / 5);
   int64_t total = 0, listed = 0, above = 0, count = 0;
-  for (int64_t b = 0; b < blocks; ++b) {
-    const int32_t* keys = row.keys + b * kBlock;
-    weigher(keys, weights, u);
-    for (int i = 0; i < kBlock; ++i) total += weights[i];
-    if (row.blocks[b] < floor) continue;
-    for (int first = 0; first < kBlock; first += kLanes) {
-      uint32_t reach = bits(load(keys + first) > broadcast(floor - 1));
-      for (; reach; reach &= reach - 1) {
-        const int i = first + std::countr_zero(reach);
-        row.items[count++] = {keys[i], weights[i]};
+  for (int64_t b = 0; b < blocks; ++b) total += weigher.sum(row.keys + b * kBlock, 0);
+  const auto wanted = static_cast<int64_t>(std::ceil(top_p * static_cast<double>(total)));
+  const int64_t need = wanted < 1 ? 1 : wanted > total ? total : wanted;
+  // Of most distributions one key in a hundred is enough, or one in ten: those from the least block
+  // maximum on.
+  for (const int64_t reaching : {(3 * blocks + 4) / 5, blocks}) {
+    count = find_reaching(row, n, floor_of_blocks(row, blocks, reaching));
+    listed = 0;
+    for (int64_t first = 0; first < count; first += kBlock) {
+      const int64_t some = count - first < kBlock ? count - first : kBlock;
+      int32_t keys[kBlock] = {};
+      for (int64_t i = 0; i < some; ++i) keys[i] = row.keys[row.items[first + i].key];
+      weigher(keys, weights, u);
+      for (int64_t i = 0; i < some; ++i) {
+        row.items[first + i] = {keys[i], weights[i]};
         listed += weights[i];
       }
     }
+    if (listed >= need || listed < need / 2) break;
   }
-  const auto wanted = static_cast<int64_t>(std::ceil(top_p * static_cast<double>(total)));
-  const int64_t need = wanted < 1 ? 1 : wanted > total ? total : wanted;
   if (listed < need) {               // a flat one: a histogram of u, then the items of one bucket
     int64_t mass[4][kBuckets] = {};  // four, so that equal neighbours do not wait for each other
     uint16_t buckets[kBlock];
@@ -326,47 +341,27 @@ int32_t find_top_p(const Row& row, int64_t n, const Weigher& weigher, double top
     });
   }
   const Cut cut = select(row.items, count, need - above);
-  int64_t left = need - above - cut.above;  // that the ties must give, the first ones first
-  for (int64_t b = 0; b < blocks; ++b) {
-    if (row.blocks[b] < cut.key) continue;
-    int32_t* keys = row.keys + b * kBlock;
-    int ties = 0;
-    for (int i = 0; i < kBlock; ++i) ties += keys[i] == cut.key;
-    for (int i = 0; ties > 0; ++i) {
-      if (keys[i] != cut.key) continue;
-      if (left <= 0) keys[i] = kNegativeInfinity;
-      left -= weigher.of(cut.key);
-      --ties;
-    }
-  }
-  return cut.key;
+  const int64_t left = need - above - cut.above, each = weigher.of(cut.key);
+  return gather(row, n, cut.key, (left + each - 1) / each, left_out);
 }
 
-// The first index at which the running sum of weights exceeds uniform * total. Of keys below
-// `floor`, and of weights below `least`, there is none.
-int64_t draw(const Row& row, int64_t n, const Weigher& weigher, int64_t least, int32_t floor,
-             double uniform) {
-  const bool filtered = least > 0 || floor > kNegativeInfinity;
+// The first index at which the running sum of weights, of those from `least`, exceeds
+// uniform * total.
+int64_t draw(const Row& row, int64_t n, const Weigher& weigher, int64_t least, double uniform) {
   int64_t total = 0;
   for (int64_t b = 0; b < blocks_of(n); ++b) {
-    const int32_t* keys = row.keys + b * kBlock;
-    int64_t sum = 0;
-    if (row.blocks[b] >= floor) {
-      sum = filtered ? weigher.sum<true>(keys, least, floor) : weigher.sum<false>(keys);
-    }
-    row.blocks[b] = sum;
-    total += sum;
+    row.blocks[b] = weigher.sum(row.keys + b * kBlock, least);
+    total += row.blocks[b];
   }
   auto rest = static_cast<int64_t>(uniform * static_cast<double>(total));
   rest = rest < 0 ? 0 : rest < total ? rest : total - 1;
   int64_t b = 0;
   while (rest >= row.blocks[b]) rest -= row.blocks[b++];
-  const int32_t* keys = row.keys + b * kBlock;
   int64_t weights[kBlock];
   float u[kBlock];
-  weigher(keys, weights, u);
+  weigher(row.keys + b * kBlock, weights, u);
   for (int64_t i = 0;; ++i) {
-    if (weights[i] < least || keys[i] < floor) continue;
+    if (weights[i] < least) continue;
     if (rest < weights[i]) return b * kBlock + i;
     rest -= weights[i];
   }
@@ -376,9 +371,8 @@ template <class T>
 int64_t sample_row(const SampleArgs& args, int64_t r) {
   const SampleParameters& p = args.parameters[r * args.parameters_stride];
   const Row row = take_scratch(args.vocab);
-  read_keys<T>(args, r, p, row);
   int32_t max;
-  if (!block_maxima(row, blocks_of(args.vocab), &max)) return -1;
+  if (!read_keys<T>(args, r, p, row, &max)) return -1;
   if (p.temperature == 0.0) {
     int64_t b = 0;
     while (row.blocks[b] != max) ++b;
@@ -390,15 +384,16 @@ int64_t sample_row(const SampleArgs& args, int64_t r) {
   const float scale = 0x1.715476p+0f / static_cast<float>(p.temperature);
   const Weigher weigher{bit_cast<float>(ordered(max)),
                         scale < 0x1.fffffep127f ? scale : 0x1.fffffep127f};
-  const bool top_k = p.top_k > 0 && p.top_k < static_cast<double>(n);
-  if (top_k) {
-    n = keep_top_k(row, n, static_cast<int64_t>(p.top_k));
-    block_maxima(row, blocks_of(n), &max);
+  const bool top_k = p.top_k > 0 && p.top_k < static_cast<double>(n), top_p = p.top_p < 1.0;
+  if (top_k) n = keep_top_k(row, n, static_cast<int64_t>(p.top_k));
+  if (top_p) {
+    const auto same = [&](int64_t i) { return row.keys[i]; };
+    if (top_k) block_maxima(row, n, &max, same);
+    n = keep_top_p(row, n, weigher, p.top_p, top_k);
   }
-  const int32_t floor = p.top_p < 1.0 ? find_top_p(row, n, weigher, p.top_p) : kNegativeInfinity;
   const auto least = static_cast<int64_t>(std::ceil(p.min_p * 0x1p40));
-  const int64_t i = draw(row, n, weigher, least, floor, args.uniforms[r]);
-  return top_k ? row.ids[i] : i;
+  const int64_t i = draw(row, n, weigher, least, args.uniforms[r]);
+  return top_k || top_p ? row.ids[i] : i;
 }
 
 }  // namespace

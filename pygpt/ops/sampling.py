@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pygpt import _native, reference
-from pygpt.ops.dispatch import Impl, auto_takes, resolve, why_no_kernel
+from pygpt.ops.dispatch import Impl, auto_takes, resolve, takes_native, why_no_kernel
 from pygpt.ops.native import DTYPES, address, launch, register, rows, watched
 
 
@@ -74,9 +74,11 @@ def sample(
     if logits.dtype not in DTYPES:
         raise ValueError(f"logits must be float32, bfloat16 or float16, got {logits.dtype}")
     rows, vocab = logits.shape
-    on_cpu = logits.device.type == "cpu"
-    native = not why_no_kernel(logits.device, logits.dtype)
-    chosen = resolve(impl, native=native, auto=auto_takes("sample", logits.device, logits.dtype))
+    on_cpu = logits.is_cpu
+    straight = on_cpu and takes_native(impl)
+    native = straight or not why_no_kernel(logits.device, logits.dtype)
+    auto = straight or auto_takes("sample", logits.device, logits.dtype)
+    chosen = resolve(impl, native=native, auto=auto)
     penalties = repetition_penalty, presence_penalty, frequency_penalty
     place = "cpu" if chosen == "native" else logits.device  # a kernel takes numbers with its launch
     parameters = _parameters(logits, (temperature, top_k, top_p, min_p, *penalties), place)
@@ -107,7 +109,7 @@ def sample(
     inputs = (logits.detach(), uniforms, parameters, logit_bias, history)
     match chosen:
         case "native":
-            tokens = _sample(*inputs)
+            tokens = _cpu_tokens(*inputs) if straight else _sample(*inputs)
         case "torch":
             tokens = sample_torch(*inputs)
             if on_cpu and bool((tokens < 0).any()):
