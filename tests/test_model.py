@@ -244,3 +244,19 @@ def test_the_whole_step_compiles_into_one_graph(tiny_model: GPT) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(tiny_model.loss, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(ids, ids), tiny_model.loss(ids, ids))
+
+
+def test_torch_func_differentiates_a_model_as_autograd_does():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(50, 16, 32, 2, 2, 0.0, tie_weights=True))
+    ids, targets = torch.randint(0, 50, (2, 3, 16)).unbind()
+
+    def loss(parameters, ids, targets):
+        logits = torch.func.functional_call(model, parameters, (ids,))
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+    parameters = {name: x.detach() for name, x in model.named_parameters()}
+    found = torch.func.grad(loss)(parameters, ids, targets)
+    model.loss(ids, targets).backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(found[name], parameter.grad, rtol=1e-4, atol=1e-6)

@@ -15,6 +15,7 @@ import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import textwrap
@@ -147,18 +148,28 @@ class Check:
             self.row(step, "FAILED", "not begun: no time is left")
             return None
         try:
-            done = subprocess.run(
-                command, cwd=cwd, env=self.env, capture_output=True, text=True, timeout=limit
+            done = subprocess.Popen(
+                command,
+                cwd=cwd,
+                env=self.env,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors="replace",
+                start_new_session=True,  # a group of its own, so that none of its children stays
             )
         except OSError as error:
             self.row(step, "FAILED", str(error))
             return None
-        except subprocess.TimeoutExpired as late:
-            for stream in (late.stdout, late.stderr):
-                self.say((stream or b"").decode(errors="replace"))
+        try:
+            output, _ = done.communicate(timeout=limit)
+        except BaseException as error:
+            os.killpg(done.pid, signal.SIGKILL)
+            if not isinstance(error, subprocess.TimeoutExpired):
+                raise
+            self.say(done.communicate()[0])
             self.row(step, "FAILED", f"more than {limit} s")
             return None
-        output = done.stdout + done.stderr
         self.say(output + f"   {time.perf_counter() - began:.1f} s")
         if done.returncode:
             failed = re.findall(r"^(?:FAILED|ERROR) \S*?(\w+(?:\[.*\])?)(?: - .*)?$", output, re.M)

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from pygpt import _native, reference
 from pygpt.ops.dispatch import Impl, auto_takes, resolve, takes_native, why_no_kernel
 from pygpt.ops.native import DTYPES, address, empty, launch, register, rows
+from pygpt.ops.product import autocast_dtype
 
 
 def causal_attention(
@@ -47,9 +48,7 @@ def causal_attention(
     >>> causal_attention(q, k, v)[0, 1, 0, :3]
     tensor([0.4125, 0.5875, 0.0000])
     """
-    device = "cpu" if q.is_cpu else q.device.type
-    if torch.is_autocast_enabled(device) and q.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
+    if (dtype := autocast_dtype(q)) != q.dtype:
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     learns = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     masked = window is not None or document_ids is not None or kv_lengths is not None
@@ -118,10 +117,10 @@ def _check(
             f"got {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
         )
     (b, t, h, d), (_, s, h_kv, _) = q.shape, k.shape
-    if k.shape[0] != b or k.shape[3] != d or h_kv == 0 or h % h_kv or s < t:
+    if k.shape[0] != b or k.shape[3] != d or d == 0 or h_kv == 0 or h % h_kv or s < t:
         raise ValueError(
-            "q (B, T, H, D) and k (B, S, H_kv, D) must agree in B and D, with S >= T and H a "
-            f"multiple of H_kv, got {tuple(q.shape)} and {tuple(k.shape)}"
+            "q (B, T, H, D) and k (B, S, H_kv, D) must agree in B and D > 0, with S >= T and H "
+            f"a multiple of H_kv, got {tuple(q.shape)} and {tuple(k.shape)}"
         )
     if not (q.dtype == k.dtype == v.dtype) or not (q.device == k.device == v.device):
         raise ValueError(

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from pygpt import _native
-from pygpt.ops.native import DTYPES, watched
+from pygpt.ops.native import DTYPES, transformed, watched
 
 Impl = Literal["auto", "native", "torch", "reference"]
 
@@ -96,7 +96,7 @@ def resolve(impl: Impl, *, native: bool, auto: bool = True, tensors: str = "thes
     if impl == "auto":
         impl = _backend
     if impl == "auto":
-        return "native" if native and auto else "torch"
+        return "native" if native and auto and not transformed() else "torch"
     if impl == "native" and not native:
         raise ValueError(f"impl='native' has no kernel for {tensors}; use impl='auto'")
     return impl

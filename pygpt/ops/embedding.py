@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from pygpt.ops.native import watched
+
 
 def tied_embedding(ids: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """F.embedding(ids, weight), and the weight for the head that ends the same forward pass.
@@ -22,7 +24,7 @@ def tied_embedding(ids: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     tensor([[0., 1.]])
     """
     learns = torch.is_grad_enabled() and weight.requires_grad
-    if not learns or weight.is_cuda or torch.compiler.is_compiling():
+    if not learns or weight.is_cuda or watched():
         return F.embedding(ids, weight), weight
     return _TiedEmbedding.apply(ids, weight)  # type: ignore[no-any-return,no-untyped-call]
 

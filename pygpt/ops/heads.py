@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pygpt.ops.native import empty
+from pygpt.ops.native import empty, watched
 
 
 def unbind_heads(x: Tensor, n_heads: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -17,7 +17,7 @@ def unbind_heads(x: Tensor, n_heads: int) -> tuple[Tensor, Tensor, Tensor]:
     [torch.Size([1, 2, 2, 4]), torch.Size([1, 2, 2, 4]), torch.Size([1, 2, 2, 4])]
     """
     learns = torch.is_grad_enabled() and x.requires_grad and x.device.type == "cpu"
-    if learns and not torch.compiler.is_compiling():
+    if learns and not watched():
         return _UnbindHeads.apply(x, n_heads)  # type: ignore[no-any-return,no-untyped-call]
     return _parts(x, n_heads)
 

@@ -22,7 +22,7 @@ from pygpt.ops.loss import (
     rows_pass,
     times,
 )
-from pygpt.ops.native import empty, register
+from pygpt.ops.native import empty, register, watched
 from pygpt.ops.product import autocast_dtype, cast, empty_gradients, product, reads_wider
 
 # Below this many logits there is nothing to save, and torch's calls cost less than ours.
@@ -64,7 +64,7 @@ def linear_cross_entropy(
     native = not why_no_kernel(x.device, dtype) and weight.numel() > 0
     auto = auto_takes("linear_cross_entropy", x.device, dtype)
     few = x.shape[0] * weight.shape[0] < _FEW_LOGITS
-    if few and x.is_cpu and not torch.compiler.is_compiling():
+    if few and x.is_cpu and not watched():
         auto, targets = False, targets.contiguous()
         _native.count_targets(targets.data_ptr(), len(targets), len(weight), ignore_index)
     match resolve(impl, native=native, auto=auto):

@@ -122,10 +122,15 @@ def register(
 def watched() -> bool:
     """Whether torch must see every call since it traces or transforms them."""
     return (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
+        torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or transformed()
     )
+
+
+def transformed() -> bool:
+    """Whether a transform of torch.func is at work, which takes torch's own ops alone."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def address(x: Tensor | None) -> int:

@@ -58,7 +58,7 @@ def fits_linear(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dty
 
 def autocast_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which products of x are made: autocast's within it."""
-    device = x.device.type
+    device = "cpu" if x.is_cpu else x.device.type
     inside = device != "meta" and torch.is_autocast_enabled(device) and x.dtype != torch.float64
     return torch.get_autocast_dtype(device) if inside else x.dtype
 
