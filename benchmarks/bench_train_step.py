@@ -9,13 +9,10 @@ the peak resident memory beyond weights, gradients, optimiser state and what Pyt
 from __future__ import annotations
 
 import argparse
-import multiprocessing
-import statistics
-import time
 
 import torch
 from memory import peak, resident
-from timing import interleaved, machine, row
+from timing import in_processes, interleaved, machine, row, serve
 from torch import nn
 from torch.nn import functional as F
 
@@ -123,39 +120,9 @@ def worker(side, shape, bf16, pipe):
         optimizer = torch.optim.AdamW(model.parameters(), 1e-4)
         loss = torch.compile(model) if side == "compiled" else model
     ids, targets = torch.randint(0, config[0], (2, batch, tokens)).unbind()
-    step = stepper(model, loss, optimizer, ids, targets, bf16)
-    step()
-    step()
-    pipe.send("ready")
-    while pipe.recv():
-        begin = time.perf_counter()
-        step()
-        pipe.send(time.perf_counter() - begin)
     state = 16 * sum(p.numel() for p in model.parameters())  # weight, gradient, two moments
-    pipe.send(peak() - before - state)
-
-
-def timed(sides, shape, bf16, seconds):
-    """Median seconds of a step of each side, in turns, and its bytes beyond the state."""
-    context = multiprocessing.get_context("spawn")
-    pipes, processes = [], []
-    for side in sides:
-        ours, theirs = context.Pipe()
-        processes.append(context.Process(target=worker, args=(side, shape, bf16, theirs)))
-        processes[-1].start()
-        pipes.append(ours)
-        assert ours.recv() == "ready"
-    times = [[] for _ in sides]
-    while len(times[0]) < 4 or sum(map(sum, times)) < seconds * len(sides):
-        for pipe, record in zip(pipes, times, strict=True):
-            pipe.send(True)
-            record.append(pipe.recv())
-    beyond = []
-    for pipe, process in zip(pipes, processes, strict=True):
-        pipe.send(False)
-        beyond.append(pipe.recv())
-        process.join()
-    return [statistics.median(record) for record in times], beyond
+    step = stepper(model, loss, optimizer, ids, targets, bf16)
+    serve(pipe, step, lambda: peak() - before - state)
 
 
 def compare_with_the_twins(shape="0.8M characters"):
@@ -193,7 +160,8 @@ def main():
         ids, targets = torch.randint(0, config[0], (2, batch, tokens)).unbind()
         for dtype in options.dtype or ("fp32", "bf16"):
             check_equal(*twins(*config), ids, targets, dtype == "bf16")
-            times, beyond = timed(sides, name, dtype == "bf16", options.seconds)
+            arguments = (name, dtype == "bf16")
+            times, beyond = in_processes(worker, sides, arguments, options.seconds)
             rates = [f"{batch * tokens / time:,.0f}" for time in times]
             against = [f"{time / times[0]:.2f}" for time in times[1:]]
             megabytes = " / ".join(f"{x / 1e6:.0f}" for x in beyond)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -35,6 +37,44 @@ def interleaved(functions: Sequence[Callable[[], object]], seconds: float = 1.0)
             function()
             record.append(time.perf_counter() - begin)
     return [statistics.median(record) for record in times]
+
+
+def in_processes(
+    worker: Callable[..., None], sides: Sequence[str], arguments: tuple[object, ...], seconds: float
+) -> tuple[list[float], list[Any]]:
+    """Median seconds of a step of each side, in turns for about `seconds` each, and what each sends
+    at its end. worker(side, *arguments, pipe) has a process of its own and calls `serve`."""
+    context = multiprocessing.get_context("spawn")
+    pipes, processes = [], []
+    for side in sides:
+        ours, theirs = context.Pipe()
+        processes.append(context.Process(target=worker, args=(side, *arguments, theirs)))
+        processes[-1].start()
+        pipes.append(ours)
+        assert ours.recv() == "ready"
+    times: list[list[float]] = [[] for _ in sides]
+    while len(times[0]) < 4 or sum(map(sum, times)) < seconds * len(sides):
+        for pipe, record in zip(pipes, times, strict=True):
+            pipe.send(True)
+            record.append(pipe.recv())
+    last = []
+    for pipe, process in zip(pipes, processes, strict=True):
+        pipe.send(False)
+        last.append(pipe.recv())
+        process.join()
+    return [statistics.median(record) for record in times], last
+
+
+def serve(pipe: Any, step: Callable[[], object], last: Callable[[], object] = lambda: None) -> None:
+    """A worker's part of `in_processes`: a timed step for every message, and last() at the end."""
+    step()
+    step()
+    pipe.send("ready")
+    while pipe.recv():
+        begin = time.perf_counter()
+        step()
+        pipe.send(time.perf_counter() - begin)
+    pipe.send(last())
 
 
 def row(cells: Sequence[object], widths: Sequence[int]) -> None:

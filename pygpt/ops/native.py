@@ -91,7 +91,8 @@ def _function(
         return output
 
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    function: Any = type(name, (torch.autograd.Function,), methods)
+    shown = f"pygpt::{name}"  # by profilers, as they show the op
+    function: Any = type(shown, (torch.autograd.Function,), methods)
     return function.apply  # type: ignore[no-any-return]
 
 
