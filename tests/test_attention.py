@@ -2,6 +2,7 @@
 
 import os
 import random
+import warnings
 
 import pytest
 import torch
@@ -284,6 +285,10 @@ def test_tracers_and_transforms_see_the_op():
     graph = make_fx(native)(q).graph
     assert any(node.target == torch.ops.pygpt.causal_attention.default for node in graph.nodes)
     assert torch.equal(torch.func.functionalize(native)(q), native(q))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(native, (q,))
+    assert torch.equal(traced(q + 1), native(q + 1))
 
 
 def test_second_derivatives_are_refused():

@@ -123,7 +123,10 @@ def register(
 def watched() -> bool:
     """Whether torch must see every call since it traces or transforms them."""
     return (
-        torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or transformed()
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._is_tracing()
+        or transformed()
     )
 
 
