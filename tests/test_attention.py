@@ -107,6 +107,29 @@ def test_several_blocks_of_keys(shape, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, **names)
+@pytest.mark.parametrize("seed", range(12 * SOAK))
+def test_decoding_shapes_with_the_heads_of_a_key_or_the_keys_of_a_head_together(seed, dtype):
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    b, h_kv, (t, group) = (
+        rng.choice([1, 2]),
+        rng.choice([1, 2, 5]),
+        rng.choice([(1, 1), (1, 4), (2, 3)]),
+    )
+    d, s = rng.choice([8, 16, 24, 64, 72, 80, 128, 256]), rng.choice([3, 100, 129, 600, 1300])
+    q, k, v, _ = tensors(b, t, s, h_kv * group, h_kv, d, dtype, seed)
+    masks = random_masks(rng, b, t, s)
+    exact = ops.causal_attention(q.double(), k.double(), v.double(), impl="reference", **masks)
+    torchs = ops.causal_attention(q, k, v, impl="torch", **masks)
+    naive = (torchs.double() - exact).abs().max()
+    heads_first = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (k, v)]
+    for keys, values in ((k, v), heads_first):
+        ours = ops.causal_attention(q, keys, values, impl="native", **masks)
+        last_place = 2 * torch.finfo(dtype).eps * exact.abs().max()
+        assert (ours.double() - exact).abs().max() <= 2 * naive + last_place
+
+
+@pytest.mark.parametrize("dtype", DTYPES, **names)
 def test_large_and_growing_scores(dtype):
     q, k, v, dout = tensors(1, 700, 700, 1, 1, 64, dtype)
     k = k * torch.linspace(0.1, 30, 700)[:, None, None].to(dtype)  # the maximum keeps moving
@@ -170,7 +193,13 @@ def test_empty_tensors(shape):
 
 @pytest.mark.parametrize("dtype", DTYPES, **names)
 @pytest.mark.parametrize(
-    "shape", [(2, 300, 300, 4, 2, 64), (1, 1500, 1500, 1, 1, 32), (1, 1, 3000, 2, 1, 64)]
+    "shape",
+    [
+        (2, 300, 300, 4, 2, 64),
+        (1, 1500, 1500, 1, 1, 32),
+        (1, 1, 3000, 2, 1, 64),
+        (2, 1, 3000, 4, 2, 64),
+    ],
 )
 def test_results_do_not_depend_on_threads_or_repetition(shape, dtype):
     inputs = tensors(*shape, dtype)

@@ -161,6 +161,32 @@ PYGPT_INLINE void transpose(F32 (&r)[16]) {
   }
 }
 
+// Lane i is the sum of r[i].
+PYGPT_INLINE F32 sums(const F32 (&r)[16]) {
+  __m512 four[4];  // the sums' quarters of keys 4 i to 4 i + 3, a lane of 128 bits each
+  for (int i = 0; i < 4; ++i) {
+    __m512d two[2];
+    for (int j = 0; j < 2; ++j) {
+      const __m512 a = r[4 * i + 2 * j].v, b = r[4 * i + 2 * j + 1].v;
+      two[j] = _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)));
+    }
+    four[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(two[0], two[1])),
+                            _mm512_castpd_ps(_mm512_unpackhi_pd(two[0], two[1])));
+  }
+  const auto fold = [](__m512 a, __m512 b) PYGPT_LAMBDA {
+    return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+  };
+  return {fold(fold(four[0], four[1]), fold(four[2], four[3]))};
+}
+// Elements of even index, then those of odd index -> all in order, in place.
+PYGPT_INLINE void interleave(float* p) {
+  const __m512 even = _mm512_loadu_ps(p), odd = _mm512_loadu_ps(p + 16);
+  const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+  _mm512_storeu_ps(p, _mm512_permutex2var_ps(even, low, odd));
+  _mm512_storeu_ps(p + 16, _mm512_permutex2var_ps(even, high, odd));
+}
+
 #elif defined(PYGPT_AVX2)
 
 constexpr int kLanes = 8;
@@ -292,6 +318,22 @@ PYGPT_INLINE void transpose(F32 (&r)[8]) {
     r[j].v = _mm256_permute2f128_ps(u[j], u[4 + j], 0x20);
     r[4 + j].v = _mm256_permute2f128_ps(u[j], u[4 + j], 0x31);
   }
+}
+
+PYGPT_INLINE F32 sums(const F32 (&r)[8]) {
+  __m256 four[2];
+  for (int i = 0; i < 2; ++i) {
+    four[i] = _mm256_hadd_ps(_mm256_hadd_ps(r[4 * i].v, r[4 * i + 1].v),
+                             _mm256_hadd_ps(r[4 * i + 2].v, r[4 * i + 3].v));
+  }
+  return {_mm256_add_ps(_mm256_permute2f128_ps(four[0], four[1], 0x20),
+                        _mm256_permute2f128_ps(four[0], four[1], 0x31))};
+}
+PYGPT_INLINE void interleave(float* p) {
+  const __m256 even = _mm256_loadu_ps(p), odd = _mm256_loadu_ps(p + 8);
+  const __m256 low = _mm256_unpacklo_ps(even, odd), high = _mm256_unpackhi_ps(even, odd);
+  _mm256_storeu_ps(p, _mm256_permute2f128_ps(low, high, 0x20));
+  _mm256_storeu_ps(p + 8, _mm256_permute2f128_ps(low, high, 0x31));
 }
 
 #else  // generic: GCC's and clang's vector extension
@@ -473,6 +515,16 @@ PYGPT_INLINE void transpose(F32 (&r)[4]) {
     for (int j = 0; j < 4; ++j) t[j].v[i] = r[i].v[j];
   }
   for (int i = 0; i < 4; ++i) r[i] = t[i];
+}
+
+PYGPT_INLINE F32 sums(const F32 (&r)[4]) {
+  F32 x;
+  for (int i = 0; i < 4; ++i) x.v[i] = (r[i].v[0] + r[i].v[1]) + (r[i].v[2] + r[i].v[3]);
+  return x;
+}
+PYGPT_INLINE void interleave(float* p) {
+  const F32 even = load(p), odd = load(p + 4);
+  for (int i = 0; i < 4; ++i) p[2 * i] = even.v[i], p[2 * i + 1] = odd.v[i];
 }
 
 #endif
