@@ -99,15 +99,4 @@ void pack_pairs(const char* source, int64_t stride, int64_t rows, int64_t dim, f
 void dot_rows(DType dtype, const char* a, int64_t a_stride, const char* b, int64_t b_stride,
               int64_t rows, int64_t dim, float* out);
 
-// Words of a (low half) and b (high half) rounded to bf16; used, and defined, where kHasPairs.
-F32 pair_bf16(F32 a, F32 b);
-#if defined(PYGPT_ISA_avx512_bf16)
-PYGPT_INLINE F32 pair_bf16(F32 a, F32 b) {
-  const __m512bh both = _mm512_cvtne2ps_pbh(b.v, a.v);
-  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24,
-                                         8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-  return {_mm512_castsi512_ps(_mm512_permutexvar_epi16(order, reinterpret_cast<__m512i>(both)))};
-}
-#endif
-
 }  // namespace pygpt::PYGPT_ISA_NAMESPACE

@@ -64,17 +64,17 @@ struct Pair {
                                  int64_t depth) {
     const F32 low = read_up_to<D>(p, lines);
     const F32 high = depth > 1 ? read_up_to<D>(p + k_stride, lines) : broadcast(0.0f);
-    return as_f32(to_bf16_bits(low) | shift_left<16>(to_bf16_bits(high)));
+    if constexpr (sizeof(typename D::Type) == 2) {  // nothing to round
+      return as_f32(shift_right<16>(as_i32(low)) | as_i32(high));
+    }
+    return pair_bf16(low, high);
   }
   template <class D>
   static PYGPT_INLINE F32 along(const typename D::Type* p, int64_t depth) {
     if constexpr (sizeof(typename D::Type) == 2) {
       if (depth >= 2 * kLanes) return load(reinterpret_cast<const float*>(p));
     }
-    uint16_t halves[2 * kLanes];
-    store_bf16(halves, read_up_to<D>(p, depth));
-    store_bf16(halves + kLanes, read_up_to<D>(p + kLanes, depth - kLanes));
-    return load(reinterpret_cast<const float*>(halves));
+    return join_bf16(read_up_to<D>(p, depth), read_up_to<D>(p + kLanes, depth - kLanes));
   }
 };
 

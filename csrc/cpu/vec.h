@@ -567,6 +567,30 @@ PYGPT_INLINE void store_bf16(uint16_t* p, F32 x) {
 #endif
 }
 
+// Words of two bf16: lane i holds low[i] in its low half and high[i] in the other.
+PYGPT_INLINE F32 pair_bf16(F32 low, F32 high) {
+#if defined(PYGPT_ISA_avx512_bf16)
+  const __m512bh both = _mm512_cvtne2ps_pbh(high.v, low.v);
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24,
+                                         8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  return {_mm512_castsi512_ps(_mm512_permutexvar_epi16(order, reinterpret_cast<__m512i>(both)))};
+#else
+  return as_f32(to_bf16_bits(low) | shift_left<16>(to_bf16_bits(high)));
+#endif
+}
+// All of `first`, then all of `second`, as bf16 in the order of memory.
+PYGPT_INLINE F32 join_bf16(F32 first, F32 second) {
+#if defined(PYGPT_ISA_avx512_bf16)
+  const __m512bh both = _mm512_cvtne2ps_pbh(second.v, first.v);
+  return {_mm512_castsi512_ps(reinterpret_cast<__m512i>(both))};
+#else
+  uint16_t halves[2 * kLanes];
+  store_bf16(halves, first);
+  store_bf16(halves + kLanes, second);
+  return load(reinterpret_cast<const float*>(halves));
+#endif
+}
+
 // Horizontal results, in a fixed order: halves first.
 PYGPT_INLINE float sum(F32 x) {
 #if defined(PYGPT_AVX512) || defined(PYGPT_AVX2)
