@@ -273,8 +273,8 @@ void backward_task(const Call& call, int64_t b, int64_t kv_head, int64_t k_first
     pack_panels<kPairs>(a.dtype, call.at(a.v, b, k0, kv_head), v_stride, k1 - k0, a.dim,
                         w.value_panels);
     copy_sums<kPairs>(call, a.k, b, k0, kv_head, k1 - k0, w.key_sums);
-    std::memset(w.dkeys, 0, kGradKeys * call.pitch * sizeof(float));
-    std::memset(w.dvalues, 0, kGradKeys * call.pitch * sizeof(float));
+    std::memset(w.dkeys, 0, (k1 - k0) * call.pitch * sizeof(float));
+    std::memset(w.dvalues, 0, (k1 - k0) * call.pitch * sizeof(float));
     const Interval seen = visible.rows_of_keys(k0, k1);
     for (int64_t g = 0; g < call.group; ++g) {
       const BackwardRows head = of_head(g);

@@ -152,6 +152,8 @@ void dot_rows(DType dtype, const char* a, int64_t a_stride, const char* b, int64
   }
 }
 
+constexpr int64_t kFewRows = 4;  // are moved word by word sooner than in transposed tiles
+
 template <bool kPairs>
 void pack_panels(DType dtype, const char* source, int64_t stride, int64_t rows, int64_t dim,
                  float* out) {
@@ -161,6 +163,15 @@ void pack_panels(DType dtype, const char* source, int64_t stride, int64_t rows, 
     // Where no row is left score_tile is not asked for the second half of a panel.
     for (int64_t block = 0; block < kPanel && first + block < rows; block += kLanes) {
       const int64_t row = first + block;
+      if (rows - row <= kFewRows && as == DType::kFloat32) {
+        for (int64_t d = 0; d < words; ++d) store(out + d * kPanel + block, broadcast(0.0f));
+        for (int64_t i = 0; i < rows - row; ++i) {
+          const char* line = source + (row + i) * stride;
+          float* column = out + block + i;
+          for (int64_t d = 0; d < words; ++d) std::memcpy(column + d * kPanel, line + d * 4, 4);
+        }
+        continue;
+      }
       for (int64_t d = 0; d < words; d += kLanes) {
         F32 lines[kLanes];
         const int64_t count = words - d;
