@@ -259,7 +259,9 @@ struct Weigher {
       p = p * f + -0x1.62e3bcp-1f;
       p = p * f + 1.0f;
       const auto mantissa = static_cast<int32_t>(p * 0x1p24f);
-      weights[i] = (static_cast<int64_t>(mantissa) << (kWeightBits - 24)) >> whole;
+      // Unsigned: AVX2 has no arithmetic shift of 64 bits by lane.
+      weights[i] = static_cast<int64_t>(
+          (static_cast<uint64_t>(static_cast<uint32_t>(mantissa)) << (kWeightBits - 24)) >> whole);
     }
   }
   int64_t of(int32_t key) const {
