@@ -302,8 +302,9 @@ int64_t keep_top_p(const Row& row, int64_t n, const Weigher& weigher, double top
     listed = 0;
     for (int64_t first = 0; first < count; first += kBlock) {
       const int64_t some = count - first < kBlock ? count - first : kBlock;
-      int32_t keys[kBlock] = {};
+      int32_t keys[kBlock];
       for (int64_t i = 0; i < some; ++i) keys[i] = row.keys[row.items[first + i].key];
+      for (int64_t i = some; i < kBlock; ++i) keys[i] = kNegativeInfinity;
       weigher(keys, weights, u);
       for (int64_t i = 0; i < some; ++i) {
         row.items[first + i] = {keys[i], weights[i]};
