@@ -15,7 +15,7 @@ class KVCache:
     """The keys and values of the tokens seen so far: per layer (B, H, capacity, D), allocated once.
 
     A head's keys lie one after the other, so that a token that attends to them reads memory in
-    order: up to twice as fast where they are in no cache of the processor.
+    order: up to half as fast again where they are in no cache of the processor.
 
     Rows may differ in length. A right-padded batch is encoded as it stands and then cut back with
     `trim`; what the padding left behind is overwritten by the tokens that follow.

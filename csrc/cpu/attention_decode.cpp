@@ -12,6 +12,8 @@ constexpr int kFewKeys = 4;            // and values: what a head reads before t
 constexpr int64_t kFewValues = 16;     // (fewer would load and store its sums too often)
 constexpr int64_t kStep = 2 * kLanes;  // elements
 static_assert(kLanes % kFewKeys == 0);
+template <DType kType>
+constexpr int64_t kStepBytes = kStep * (kType == DType::kFloat32 ? 4 : 2);
 
 struct Partial {  // per task and row
   float max, sum;
@@ -45,7 +47,8 @@ struct DecodeRow {  // a query
 
 struct DecodeTask {
   const Call& call;
-  int64_t count, ahead;  // keys; rows that are asked for before they are read
+  int64_t count;       // of keys
+  int64_t few, ahead;  // values that a row reads in one go; rows asked for before they are read
   int64_t rows;
   int64_t pitch, score_pitch;
   DecodeRow* row;
@@ -58,7 +61,6 @@ struct DecodeTask {
 template <DType kType>
 PYGPT_INLINE void multiply_keys(const float* q, const char* keys, int64_t stride, int64_t last,
                                 int64_t dim, int64_t ahead, float* products) {
-  constexpr int64_t kBytes = kStep * (kType == DType::kFloat32 ? 4 : 2);
   const char* key[kFewKeys];
   F32 product[kFewKeys];
   unroll<kFewKeys>([&](auto i) PYGPT_LAMBDA {
@@ -72,7 +74,7 @@ PYGPT_INLINE void multiply_keys(const float* q, const char* keys, int64_t stride
       F32 x[2];
       load_step<kType>(key[i], count, x);
       product[i] = fma(second, x[1], fma(first, x[0], product[i]));
-      key[i] += kBytes;
+      key[i] += kStepBytes<kType>;
     });
   };
   int64_t d = 0;
@@ -85,17 +87,16 @@ PYGPT_INLINE void multiply_keys(const float* q, const char* keys, int64_t stride
 template <DType kType>
 PYGPT_INLINE void add_values(const float* weights, const char* values, int64_t stride,
                              int64_t count, int64_t dim, int64_t ahead, float* out) {
-  constexpr int64_t kBytes = kStep * (kType == DType::kFloat32 ? 4 : 2);
   const auto add = [&](auto steps, int64_t d, int64_t left) PYGPT_LAMBDA {
     F32 total[steps * 2];
     unroll<steps * 2>([&](auto i) PYGPT_LAMBDA { total[i] = load(out + d + i * kLanes); });
-    const char* row = values + d / kStep * kBytes;
+    const char* row = values + d / kStep * kStepBytes<kType>;
     for (int64_t j = 0; j < count; ++j, row += stride) {
       if (ahead && d == 0) prefetch_row(kType, row + ahead * stride, dim);
       const F32 p = broadcast(weights[j]);
       unroll<steps>([&](auto i) PYGPT_LAMBDA {
         F32 x[2];
-        load_step<kType>(row + i * kBytes, left, x);
+        load_step<kType>(row + i * kStepBytes<kType>, left, x);
         total[2 * i] = fma(p, x[0], total[2 * i]);
         total[2 * i + 1] = fma(p, x[1], total[2 * i + 1]);
       });
@@ -108,7 +109,7 @@ PYGPT_INLINE void add_values(const float* weights, const char* values, int64_t s
 }
 
 template <DType kType>
-void decode_task(const DecodeTask& t, int64_t few) {
+void decode_task(const DecodeTask& t) {
   const AttentionArgs& a = t.call.a;
   const int64_t k_row = a.k.row * t.call.element, v_row = a.v.row * t.call.element;
   for (int64_t r = 0; r < t.rows; ++r) {
@@ -157,10 +158,10 @@ void decode_task(const DecodeTask& t, int64_t few) {
     }
     *t.row[r].partial = seen.empty() ? Partial{-INFINITY, 0.0f} : Partial{shift, sum(total)};
   }
-  for (int64_t j = 0; j < t.count; j += few) {
+  for (int64_t j = 0; j < t.count; j += t.few) {
     for (int64_t r = 0; r < t.rows; ++r) {
       const DecodeRow& row = t.row[r];
-      const Interval part = within(row.seen, j, j + few);
+      const Interval part = within(row.seen, j, j + t.few);
       if (part.empty()) continue;
       add_values<kType>(t.scores + r * t.score_pitch + part.lo, row.values + part.lo * v_row, v_row,
                         part.hi - part.lo, a.dim, row.leads ? t.ahead : 0, row.out);
@@ -229,6 +230,7 @@ void decode(Call& call) {
     const int64_t first = index % pieces * piece, count = min(piece, a.keys - first);
     DecodeTask task{.call = call,
                     .count = count,
+                    .few = neighbours ? kFewValues : count,
                     .ahead = neighbours ? 8 : 32,
                     .rows = heads * rows,
                     .pitch = pitch,
@@ -259,7 +261,7 @@ void decode(Call& call) {
                      .partial = partials + place,
                      .out = outs + place * pitch};
     }
-    run(task, neighbours ? kFewValues : count);
+    run(task);
   });
   for (int64_t head = 0; head < groups * heads; ++head) {
     merge_decoded(call, head / a.kv_heads, head % a.kv_heads, pieces,
