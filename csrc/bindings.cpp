@@ -34,6 +34,7 @@ void bind_machine(py::module_& m) {
 
 void bind_tensors(py::module_& m) {
   m.def("set_tensor_types", &set_tensor_types);
+  m.def("all_plain", &all_plain);
   m.def("keep_memory", &keep_memory);
   m.def("empty", [](int dtype, const std::vector<int64_t>& shape) {
     return make_tensor(static_cast<DType>(dtype), shape);

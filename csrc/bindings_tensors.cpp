@@ -119,6 +119,12 @@ std::optional<PassedTensor> read_plain_tensor(py::handle object) {
   return tensor;
 }
 
+bool all_plain(const py::args& objects) {
+  return std::all_of(objects.begin(), objects.end(), [](py::handle x) {
+    return !PyObject_TypeCheck(x.ptr(), tensor_type) || read_plain_tensor(x);
+  });
+}
+
 py::object make_tensor(std::optional<DType> dtype, std::vector<int64_t> shape, void** place) {
   const int64_t bits = !dtype ? 64 : *dtype == DType::kFloat32 ? 32 : 16;
   std::vector<int64_t> strides(shape.size());

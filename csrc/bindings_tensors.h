@@ -39,6 +39,8 @@ void set_tensor_types(pybind11::type tensor, pybind11::type parameter);
 PassedTensor read_tensor(pybind11::handle object);
 // The same; none for anything else, and for subclasses but nn.Parameter.
 std::optional<PassedTensor> read_plain_tensor(pybind11::handle object);
+// Whether read_plain_tensor would read all of the objects that are tensors.
+bool all_plain(const pybind11::args& objects);
 
 // An uninitialised tensor on the CPU, float or (with no dtype) int64; from kept memory if it is
 // large and `keep_memory` has been called. `place` receives its address.

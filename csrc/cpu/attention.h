@@ -144,5 +144,6 @@ PYGPT_INLINE Mask dropped_lanes(const uint64_t* dropped, int64_t j) {
 
 constexpr int64_t kDecodeRows = 8;  // queries times heads of a group, at most
 void decode(Call& call);
+void decode_backward(Call& call);
 
 }  // namespace pygpt::PYGPT_ISA_NAMESPACE

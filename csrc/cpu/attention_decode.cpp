@@ -1,4 +1,4 @@
-// Decoding: few queries, many keys.
+// Few queries: decoding, and its backward.
 //
 // What takes the time is reading keys and values, so they are read in the order in which they lie:
 // where the heads of a key are neighbours a task has all heads, and each reads a few keys before
@@ -37,24 +37,122 @@ PYGPT_INLINE void load_step(const char* row, int64_t count, F32 (&x)[2]) {
   }
 }
 
+// The first `count` elements of a row from what load_step makes of them.
+template <DType kType>
+PYGPT_INLINE void store_step(char* row, int64_t count, F32 (&x)[2]) {
+  if constexpr (kType == DType::kBFloat16) {
+    float* words = reinterpret_cast<float*>(row);
+    const F32 pairs = pair_bf16(x[0], x[1]);
+    count >= kStep ? store(words, pairs) : store_first(words, pairs, static_cast<int>(count / 2));
+  } else {
+    for (int i = 0; i < 2; ++i, count -= kLanes) {
+      if (count >= kLanes) {
+        store_as(kType, row, i * kLanes, x[i]);
+      } else if (count > 0) {
+        store_tail(kType, row, i * kLanes, count, x[i]);
+      }
+    }
+  }
+}
+
+// A row of kStep-padded floats in the order of load_step.
+template <DType kType>
+PYGPT_INLINE void load_steps(const char* row, int64_t dim, float* out) {
+  for (int64_t d = 0; d < dim; d += kStep, row += kStepBytes<kType>) {
+    F32 x[2];
+    load_step<kType>(row, dim - d, x);
+    store(out + d, x[0]);
+    store(out + d + kLanes, x[1]);
+  }
+}
+
 struct DecodeRow {  // a query
-  const char *q, *keys, *values;
+  int64_t b, head, query;
+  const char *keys, *values;
   Interval seen;  // counted from the task's first key
   bool leads;     // is its head's first: asks for keys and values ahead
-  Partial* partial;
-  float* out;
+  int64_t place;  // of what the task finds out about it
 };
 
-struct DecodeTask {
+// How a call is cut into tasks: a piece of the keys, for one head or for all.
+struct Plan {
   const Call& call;
-  int64_t count;       // of keys
+  int64_t rows;   // that share a head of keys
+  int64_t heads;  // of keys in a task
+  int64_t piece, pieces;
   int64_t few, ahead;  // values that a row reads in one go; rows asked for before they are read
+  int64_t pitch;
+
+  int64_t tasks() const { return call.a.batch * call.a.kv_heads / heads * pieces; }
+  int64_t places() const { return call.a.batch * call.a.kv_heads * pieces * rows; }
+};
+
+Plan plan(const Call& call) {
+  const AttentionArgs& a = call.a;
+  const bool neighbours = max(a.k.head, a.v.head) < min(a.k.row, a.v.row);
+  const int64_t piece = neighbours ? 128 : 512;
+  return {.call = call,
+          .rows = call.group * a.queries,
+          .heads = neighbours ? a.kv_heads : 1,
+          .piece = piece,
+          .pieces = (a.keys + piece - 1) / piece,
+          .few = neighbours ? kFewValues : piece,
+          .ahead = neighbours ? 8 : 32,
+          .pitch = round_up(a.dim, kStep)};
+}
+
+struct DecodeTask {
+  int64_t first, count;  // of keys
   int64_t rows;
-  int64_t pitch, score_pitch;
   DecodeRow* row;
   float *queries, *scores;  // of all rows
   float* products;          // of all rows with kLanes keys, before their lanes are summed
+  // The backward alone has what follows: of all rows, and of all rows with kLanes keys.
+  float *douts, *deltas;
+  float *value_products, *weights;
 };
+
+DecodeTask lay_out_task(const Plan& p, int64_t index, int64_t score_pitch, bool backward) {
+  const AttentionArgs& a = p.call.a;
+  DecodeTask t{};
+  t.first = index % p.pieces * p.piece;
+  t.count = min(p.piece, a.keys - t.first);
+  t.rows = p.heads * p.rows;
+  const auto lay_out = [&](char* base) {
+    Parts parts{base};
+    t.row = parts.take<DecodeRow>(t.rows);
+    t.queries = parts.take<float>(t.rows * p.pitch);
+    t.scores = parts.take<float>(t.rows * score_pitch);
+    t.products = parts.take<float>(t.rows * kLanes * kLanes);
+    if (backward) {
+      t.douts = parts.take<float>(t.rows * p.pitch);
+      t.deltas = parts.take<float>(t.rows);
+      t.value_products = parts.take<float>(t.rows * kLanes * kLanes);
+      t.weights = parts.take<float>(t.rows * kLanes);
+    }
+    return parts.used;
+  };
+  lay_out(task_scratch(lay_out(nullptr)));
+  for (int64_t r = 0; r < t.rows; ++r) {
+    const int64_t kv_head = index / p.pieces * p.heads + r / p.rows, b = kv_head / a.kv_heads;
+    const int64_t h = kv_head % a.kv_heads, i = r % a.queries;
+    const Interval seen = within(p.call.visible(b).of_rows(i, i + 1), t.first, t.first + t.count);
+    t.row[r] = {.b = b,
+                .head = h * p.call.group + r % p.rows / a.queries,
+                .query = i,
+                .keys = p.call.at(a.k, b, t.first, h),
+                .values = p.call.at(a.v, b, t.first, h),
+                .seen = {seen.lo - t.first, seen.hi - t.first},
+                .leads = r % p.rows == 0,
+                .place = (kv_head * p.pieces + index % p.pieces) * p.rows + r % p.rows};
+  }
+  return t;
+}
+
+// A row's keys [j, j + kLanes), if it sees any.
+PYGPT_INLINE bool sees(const DecodeRow& row, int64_t j) {
+  return j < row.seen.hi && j + kLanes > row.seen.lo;
+}
 
 // The products of a query with kFewKeys keys, a vector each whose lanes are still to be summed;
 // those past `last` give what is masked.
@@ -108,85 +206,87 @@ PYGPT_INLINE void add_values(const float* weights, const char* values, int64_t s
   for (; d < dim; d += kStep) add(std::integral_constant<int, 1>(), d, dim - d);
 }
 
+// Lane i is the sum of line i.
+PYGPT_INLINE F32 sums_of(const float* lines) {
+  F32 x[kLanes];
+  for (int i = 0; i < kLanes; ++i) x[i] = load(lines + i * kLanes);
+  return sums(x);
+}
+
 template <DType kType>
-void decode_task(const DecodeTask& t) {
-  const AttentionArgs& a = t.call.a;
-  const int64_t k_row = a.k.row * t.call.element, v_row = a.v.row * t.call.element;
+void decode_task(const Plan& p, int64_t index, Partial* partials, float* outs) {
+  const Call& call = p.call;
+  const AttentionArgs& a = call.a;
+  const int64_t k_row = a.k.row * call.element, v_row = a.v.row * call.element;
+  const int64_t score_pitch = p.piece + kPad;
+  const DecodeTask t = lay_out_task(p, index, score_pitch, false);
   for (int64_t r = 0; r < t.rows; ++r) {
-    for (int64_t d = 0; d < a.dim; d += kStep) {
-      F32 x[2];
-      load_step<kType>(t.row[r].q + d * t.call.element, a.dim - d, x);
-      store(t.queries + r * t.pitch + d, x[0]);
-      store(t.queries + r * t.pitch + d + kLanes, x[1]);
-    }
-    std::memset(t.row[r].out, 0, t.pitch * sizeof(float));
+    const DecodeRow& row = t.row[r];
+    load_steps<kType>(call.at(a.q, row.b, row.query, row.head), a.dim, t.queries + r * p.pitch);
+    std::memset(outs + row.place * p.pitch, 0, p.pitch * sizeof(float));
   }
   for (int64_t j = 0; j < t.count; j += kLanes) {
-    const auto sees = [&](const DecodeRow& row)
-                          PYGPT_LAMBDA { return j < row.seen.hi && j + kLanes > row.seen.lo; };
     for (int64_t i = j; i < j + kLanes; i += kFewKeys) {
       for (int64_t r = 0; r < t.rows; ++r) {
         const DecodeRow& row = t.row[r];
-        if (!sees(row)) continue;
-        multiply_keys<kType>(t.queries + r * t.pitch, row.keys + i * k_row, k_row,
-                             row.seen.hi - 1 - i, a.dim, row.leads ? t.ahead : 0,
+        if (!sees(row, j)) continue;
+        multiply_keys<kType>(t.queries + r * p.pitch, row.keys + i * k_row, k_row,
+                             row.seen.hi - 1 - i, a.dim, row.leads ? p.ahead : 0,
                              t.products + (r * kLanes + i - j) * kLanes);
       }
     }
     for (int64_t r = 0; r < t.rows; ++r) {
-      if (!sees(t.row[r])) continue;
-      F32 lines[kLanes];
-      for (int i = 0; i < kLanes; ++i) lines[i] = load(t.products + (r * kLanes + i) * kLanes);
-      store(t.scores + r * t.score_pitch + j, sums(lines));
+      if (!sees(t.row[r], j)) continue;
+      store(t.scores + r * score_pitch + j, sums_of(t.products + r * kLanes * kLanes));
     }
   }
   for (int64_t r = 0; r < t.rows; ++r) {
     const Interval seen = t.row[r].seen;
-    float* scores = t.scores + r * t.score_pitch;
+    float* scores = t.scores + r * score_pitch;
     const F32 lowest = broadcast(-INFINITY), zero = broadcast(0.0f);
     F32 highest = lowest, total = zero;
     const int64_t start = seen.lo / kLanes * kLanes;
     for (int64_t n = start; n < seen.hi; n += kLanes) {
       highest = max(highest, select(lanes_within(n, seen), load(scores + n), lowest));
     }
-    const float shift = max_lane(highest) * t.call.factor;
+    const float shift = max_lane(highest) * call.factor;
     for (int64_t n = start; n < seen.hi; n += kLanes) {
-      const F32 x = fma(load(scores + n), broadcast(t.call.factor), broadcast(-shift));
-      const F32 p = select(lanes_within(n, seen), exp2(x), zero);
-      total = total + p;
-      store(scores + n, p);
+      const F32 x = fma(load(scores + n), broadcast(call.factor), broadcast(-shift));
+      const F32 weight = select(lanes_within(n, seen), exp2(x), zero);
+      total = total + weight;
+      store(scores + n, weight);
     }
-    *t.row[r].partial = seen.empty() ? Partial{-INFINITY, 0.0f} : Partial{shift, sum(total)};
+    partials[t.row[r].place] = seen.empty() ? Partial{-INFINITY, 0.0f} : Partial{shift, sum(total)};
   }
-  for (int64_t j = 0; j < t.count; j += t.few) {
+  for (int64_t j = 0; j < t.count; j += p.few) {
     for (int64_t r = 0; r < t.rows; ++r) {
       const DecodeRow& row = t.row[r];
-      const Interval part = within(row.seen, j, j + t.few);
+      const Interval part = within(row.seen, j, j + p.few);
       if (part.empty()) continue;
-      add_values<kType>(t.scores + r * t.score_pitch + part.lo, row.values + part.lo * v_row, v_row,
-                        part.hi - part.lo, a.dim, row.leads ? t.ahead : 0, row.out);
+      add_values<kType>(t.scores + r * score_pitch + part.lo, row.values + part.lo * v_row, v_row,
+                        part.hi - part.lo, a.dim, row.leads ? p.ahead : 0,
+                        outs + row.place * p.pitch);
     }
   }
 }
 
 // The softmax over all pieces of one group's rows; the first piece's memory takes the result.
-void merge_decoded(const Call& call, int64_t b, int64_t kv_head, int64_t pieces,
-                   const Partial* partials, float* outs, int64_t pitch) {
-  const AttentionArgs& a = call.a;
-  const int64_t rows = call.group * a.queries;
-  for (int64_t r = 0; r < rows; ++r) {
+void merge_decoded(const Plan& p, int64_t b, int64_t kv_head, const Partial* partials,
+                   float* outs) {
+  const AttentionArgs& a = p.call.a;
+  for (int64_t r = 0; r < p.rows; ++r) {
     float highest = -INFINITY, total = 0.0f;
-    for (int64_t piece = 0; piece < pieces; ++piece) {
-      const Partial& p = partials[piece * rows + r];
-      if (p.sum != 0.0f && !(p.max <= highest)) highest = p.max;
+    for (int64_t piece = 0; piece < p.pieces; ++piece) {
+      const Partial& x = partials[piece * p.rows + r];
+      if (x.sum != 0.0f && !(x.max <= highest)) highest = x.max;
     }
-    float* merged = outs + r * pitch;
-    for (int64_t piece = 0; piece < pieces; ++piece) {
-      const Partial& p = partials[piece * rows + r];
-      const F32 share = p.sum != 0.0f ? exp2(broadcast(p.max - highest)) : broadcast(0.0f);
-      total += p.sum * first_lane(share);
-      const float* part = outs + (piece * rows + r) * pitch;
-      for (int64_t d = 0; d < pitch; d += kLanes) {
+    float* merged = outs + r * p.pitch;
+    for (int64_t piece = 0; piece < p.pieces; ++piece) {
+      const Partial& x = partials[piece * p.rows + r];
+      const F32 share = x.sum != 0.0f ? exp2(broadcast(x.max - highest)) : broadcast(0.0f);
+      total += x.sum * first_lane(share);
+      const float* part = outs + (piece * p.rows + r) * p.pitch;
+      for (int64_t d = 0; d < p.pitch; d += kLanes) {
         const F32 scaled = load(part + d) * share;
         store(merged + d, piece == 0 ? scaled : load(merged + d) + scaled);
       }
@@ -195,11 +295,113 @@ void merge_decoded(const Call& call, int64_t b, int64_t kv_head, int64_t pieces,
       for (int64_t d = 0; d < a.dim; d += kStep) interleave(merged + d);
     }
     const bool any = total != 0.0f;
-    const int64_t i = r % a.queries, head = kv_head * call.group + r / a.queries;
-    write_rows(a.dtype, merged, pitch, 1, a.dim, any ? 1.0f / total : 0.0f,
-               call.at(a.out, b, i, head), 0);
+    const int64_t i = r % a.queries, head = kv_head * p.call.group + r / a.queries;
+    write_rows(a.dtype, merged, p.pitch, 1, a.dim, any ? 1.0f / total : 0.0f,
+               p.call.at(a.out, b, i, head), 0);
     if (!a.lse) continue;
     a.lse[(b * a.heads + head) * a.queries + i] = any ? highest + log2f(total) : -INFINITY;
+  }
+}
+
+// What one key/value head's rows give to the gradients of one key and its value.
+template <DType kType>
+PYGPT_INLINE void write_gradients(const Plan& p, const float* queries, const float* douts,
+                                  const float* dscores, const float* weights, char* dkey,
+                                  char* dvalue) {
+  for (int64_t d = 0; d < p.call.a.dim; d += kStep) {
+    F32 dk[2] = {broadcast(0.0f), broadcast(0.0f)}, dv[2] = {dk[0], dk[1]};
+    for (int64_t r = 0; r < p.rows; ++r) {
+      const F32 dscore = broadcast(dscores[r * kLanes]), weight = broadcast(weights[r * kLanes]);
+      unroll<2>([&](auto i) PYGPT_LAMBDA {
+        const int64_t place = r * p.pitch + d + i * kLanes;
+        dk[i] = fma(dscore, load(queries + place), dk[i]);  // forward: score = q k^T
+        dv[i] = fma(weight, load(douts + place), dv[i]);    // forward: out += p v
+      });
+    }
+    const int64_t offset = d / kStep * kStepBytes<kType>, left = p.call.a.dim - d;
+    store_step<kType>(dkey + offset, left, dk);
+    store_step<kType>(dvalue + offset, left, dv);
+  }
+}
+
+template <DType kType>
+void gradient_task(const Plan& p, int64_t index, float* dqueries) {
+  const Call& call = p.call;
+  const AttentionArgs& a = call.a;
+  const int64_t k_row = a.k.row * call.element, v_row = a.v.row * call.element;
+  const DecodeTask t = lay_out_task(p, index, kLanes, true);
+  for (int64_t r = 0; r < t.rows; ++r) {
+    const DecodeRow& row = t.row[r];
+    const char* dout = call.at(a.dout, row.b, row.query, row.head);
+    load_steps<kType>(call.at(a.q, row.b, row.query, row.head), a.dim, t.queries + r * p.pitch);
+    load_steps<kType>(dout, a.dim, t.douts + r * p.pitch);
+    dot_rows(a.dtype, call.at(a.out, row.b, row.query, row.head), 0, dout, 0, 1, a.dim,
+             t.deltas + r);
+    std::memset(dqueries + row.place * p.pitch, 0, p.pitch * sizeof(float));
+  }
+  for (int64_t j = 0; j < t.count; j += kLanes) {
+    for (int64_t i = j; i < j + kLanes; i += kFewKeys) {
+      for (int64_t r = 0; r < t.rows; ++r) {
+        const DecodeRow& row = t.row[r];
+        if (!sees(row, j)) continue;
+        const int64_t place = (r * kLanes + i - j) * kLanes, last = row.seen.hi - 1 - i;
+        const int64_t ahead = row.leads ? p.ahead : 0;
+        // forward: score = q k^T;  dweight = dout v^T
+        multiply_keys<kType>(t.queries + r * p.pitch, row.keys + i * k_row, k_row, last, a.dim,
+                             ahead, t.products + place);
+        multiply_keys<kType>(t.douts + r * p.pitch, row.values + i * v_row, v_row, last, a.dim,
+                             ahead, t.value_products + place);
+      }
+    }
+    for (int64_t r = 0; r < t.rows; ++r) {
+      const DecodeRow& row = t.row[r];
+      float *weights = t.weights + r * kLanes, *dscores = t.scores + r * kLanes;
+      F32 weight = broadcast(0.0f), dscore = weight;
+      if (sees(row, j)) {
+        const float lse = a.lse[(row.b * a.heads + row.head) * a.queries + row.query];
+        const F32 score = sums_of(t.products + r * kLanes * kLanes);
+        const F32 dweight = sums_of(t.value_products + r * kLanes * kLanes);
+        const Mask visible = lanes_within(j, row.seen);
+        weight = exp2(fma(score, broadcast(call.factor), broadcast(-lse)));
+        dscore = weight * (dweight - broadcast(t.deltas[r])) * broadcast(a.scale);
+        weight = select(visible, weight, broadcast(0.0f));
+        dscore = select(visible, dscore, broadcast(0.0f));
+      }
+      store(weights, weight);
+      store(dscores, dscore);
+      const Interval part = within(row.seen, j, j + kLanes);
+      if (part.empty()) continue;
+      add_values<kType>(dscores + part.lo - j, row.keys + part.lo * k_row, k_row,
+                        part.hi - part.lo, a.dim, 0, dqueries + row.place * p.pitch);
+    }
+    for (int64_t i = 0; i < min(kLanes, t.count - j); ++i) {
+      for (int64_t r = 0; r < t.rows; r += p.rows) {
+        const int64_t kv_head = t.row[r].head / call.group, key = t.first + j + i;
+        write_gradients<kType>(p, t.queries + r * p.pitch, t.douts + r * p.pitch,
+                               t.scores + r * kLanes + i, t.weights + r * kLanes + i,
+                               call.at(a.dk, t.row[r].b, key, kv_head),
+                               call.at(a.dv, t.row[r].b, key, kv_head));
+      }
+    }
+  }
+}
+
+// The sum over all pieces of one group's rows; the first piece's memory takes it.
+void merge_gradients(const Plan& p, int64_t b, int64_t kv_head, float* dqueries) {
+  const AttentionArgs& a = p.call.a;
+  for (int64_t r = 0; r < p.rows; ++r) {
+    float* merged = dqueries + r * p.pitch;
+    for (int64_t piece = 1; piece < p.pieces; ++piece) {
+      const float* part = merged + piece * p.rows * p.pitch;
+      for (int64_t d = 0; d < p.pitch; d += kLanes) {
+        store(merged + d, load(merged + d) + load(part + d));
+      }
+    }
+    if (a.dtype == DType::kBFloat16) {
+      for (int64_t d = 0; d < a.dim; d += kStep) interleave(merged + d);
+    }
+    write_rows(a.dtype, merged, p.pitch, 1, a.dim, 1.0f,
+               p.call.at(a.dq, b, r % a.queries, kv_head * p.call.group + r / a.queries), 0);
   }
 }
 
@@ -207,65 +409,46 @@ void merge_decoded(const Call& call, int64_t b, int64_t kv_head, int64_t pieces,
 
 void decode(Call& call) {
   const AttentionArgs& a = call.a;
-  const int64_t rows = call.group * a.queries, pitch = round_up(a.dim, kStep);
-  const bool neighbours = max(a.k.head, a.v.head) < min(a.k.row, a.v.row);
-  const int64_t heads = neighbours ? a.kv_heads : 1;
-  // Keys of a task; its softmax is merged with the others' afterwards.
-  const int64_t piece = neighbours ? 128 : 512;
-  const int64_t pieces = (a.keys + piece - 1) / piece;
-  const int64_t groups = a.batch * a.kv_heads / heads;
+  const Plan p = plan(call);
   Partial* partials = nullptr;
   float* outs = nullptr;
   const auto lay_out = [&](char* base) {
     Parts parts{base, lay_out_masks(a, base, call)};
-    partials = parts.take<Partial>(groups * heads * pieces * rows);
-    outs = parts.take<float>(groups * heads * pieces * rows * pitch);
+    partials = parts.take<Partial>(p.places());
+    outs = parts.take<float>(p.places() * p.pitch);
     return parts.used;
   };
   lay_out(call_scratch(lay_out(nullptr)));
   const auto run = a.dtype == DType::kFloat32    ? decode_task<DType::kFloat32>
                    : a.dtype == DType::kBFloat16 ? decode_task<DType::kBFloat16>
                                                  : decode_task<DType::kFloat16>;
-  run_tasks(groups * pieces, 2 * visible_pairs(call) * a.dim, [&](int64_t index) {
-    const int64_t first = index % pieces * piece, count = min(piece, a.keys - first);
-    DecodeTask task{.call = call,
-                    .count = count,
-                    .few = neighbours ? kFewValues : count,
-                    .ahead = neighbours ? 8 : 32,
-                    .rows = heads * rows,
-                    .pitch = pitch,
-                    .score_pitch = piece + kPad,
-                    .row = nullptr,
-                    .queries = nullptr,
-                    .scores = nullptr,
-                    .products = nullptr};
-    const auto lay_out_task = [&](char* base) {
-      Parts parts{base};
-      task.row = parts.take<DecodeRow>(task.rows);
-      task.queries = parts.take<float>(task.rows * pitch);
-      task.scores = parts.take<float>(task.rows * task.score_pitch);
-      task.products = parts.take<float>(task.rows * kLanes * kLanes);
-      return parts.used;
-    };
-    lay_out_task(task_scratch(lay_out_task(nullptr)));
-    for (int64_t r = 0; r < task.rows; ++r) {
-      const int64_t kv_head = index / pieces * heads + r / rows, b = kv_head / a.kv_heads;
-      const int64_t h = kv_head % a.kv_heads, i = r % a.queries;
-      const int64_t place = (kv_head * pieces + index % pieces) * rows + r % rows;
-      const Interval seen = within(call.visible(b).of_rows(i, i + 1), first, first + count);
-      task.row[r] = {.q = call.at(a.q, b, i, h * call.group + r % rows / a.queries),
-                     .keys = call.at(a.k, b, first, h),
-                     .values = call.at(a.v, b, first, h),
-                     .seen = {seen.lo - first, seen.hi - first},
-                     .leads = r % rows == 0,
-                     .partial = partials + place,
-                     .out = outs + place * pitch};
-    }
-    run(task);
-  });
-  for (int64_t head = 0; head < groups * heads; ++head) {
-    merge_decoded(call, head / a.kv_heads, head % a.kv_heads, pieces,
-                  partials + head * pieces * rows, outs + head * pieces * rows * pitch, pitch);
+  run_tasks(p.tasks(), 2 * visible_pairs(call) * a.dim,
+            [&](int64_t index) { run(p, index, partials, outs); });
+  for (int64_t head = 0; head < a.batch * a.kv_heads; ++head) {
+    const int64_t place = head * p.pieces * p.rows;
+    merge_decoded(p, head / a.kv_heads, head % a.kv_heads, partials + place,
+                  outs + place * p.pitch);
+  }
+}
+
+void decode_backward(Call& call) {
+  const AttentionArgs& a = call.a;
+  const Plan p = plan(call);
+  float* dqueries = nullptr;
+  const auto lay_out = [&](char* base) {
+    Parts parts{base, lay_out_masks(a, base, call)};
+    dqueries = parts.take<float>(p.places() * p.pitch);
+    return parts.used;
+  };
+  lay_out(call_scratch(lay_out(nullptr)));
+  const auto run = a.dtype == DType::kFloat32    ? gradient_task<DType::kFloat32>
+                   : a.dtype == DType::kBFloat16 ? gradient_task<DType::kBFloat16>
+                                                 : gradient_task<DType::kFloat16>;
+  run_tasks(p.tasks(), 5 * visible_pairs(call) * a.dim,
+            [&](int64_t index) { run(p, index, dqueries); });
+  for (int64_t head = 0; head < a.batch * a.kv_heads; ++head) {
+    merge_gradients(p, head / a.kv_heads, head % a.kv_heads,
+                    dqueries + head * p.pieces * p.rows * p.pitch);
   }
 }
 

@@ -70,19 +70,6 @@ void tile_rows(int rows, Words a, const float* b, int64_t b_row, int64_t k, bool
   if (rows & 1) tile<kPairs, 1, kVecs>(a, b, b_row, k, add, c, c_row);
 }
 
-PYGPT_INLINE void store_as(DType dtype, char* p, int64_t index, F32 x) {
-  if (dtype == DType::kFloat32) return store(reinterpret_cast<float*>(p) + index, x);
-  uint16_t* half = reinterpret_cast<uint16_t*>(p) + index;
-  dtype == DType::kBFloat16 ? store_bf16(half, x) : store_f16(half, x);
-}
-
-PYGPT_INLINE void store_tail(DType dtype, char* p, int64_t index, int64_t count, F32 x) {
-  char part[kLanes * 4];
-  const int64_t size = dtype == DType::kFloat32 ? 4 : 2;
-  store_as(dtype, part, 0, x);
-  std::memcpy(p + index * size, part, count * size);
-}
-
 }  // namespace
 
 template <bool kPairs>

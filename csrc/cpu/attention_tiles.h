@@ -60,8 +60,8 @@ template <bool kPairs>
 void sum_tile(int rows, int vecs, const Words& a, const float* b, int64_t b_row, int64_t k,
               float* c, int64_t c_row);
 
-// Lanes of one row of any dtype as floats; the second reads the last `count` (< kLanes) elements
-// and nothing behind them.
+// Lanes of one row of any dtype as floats, and back; the tails are the last `count` (< kLanes)
+// elements and touch nothing behind them.
 PYGPT_INLINE F32 load_as_f32(DType dtype, const char* p, int64_t index) {
   if (dtype == DType::kFloat32) return load(reinterpret_cast<const float*>(p) + index);
   const uint16_t* half = reinterpret_cast<const uint16_t*>(p) + index;
@@ -72,6 +72,19 @@ PYGPT_INLINE F32 load_tail(DType dtype, const char* p, int64_t index, int64_t co
   const int64_t size = dtype == DType::kFloat32 ? 4 : 2;
   std::memcpy(part, p + index * size, count * size);
   return load_as_f32(dtype, part, 0);
+}
+
+PYGPT_INLINE void store_as(DType dtype, char* p, int64_t index, F32 x) {
+  if (dtype == DType::kFloat32) return store(reinterpret_cast<float*>(p) + index, x);
+  uint16_t* half = reinterpret_cast<uint16_t*>(p) + index;
+  dtype == DType::kBFloat16 ? store_bf16(half, x) : store_f16(half, x);
+}
+
+PYGPT_INLINE void store_tail(DType dtype, char* p, int64_t index, int64_t count, F32 x) {
+  char part[kLanes * 4];
+  const int64_t size = dtype == DType::kFloat32 ? 4 : 2;
+  store_as(dtype, part, 0, x);
+  std::memcpy(p + index * size, part, count * size);
 }
 
 // Rows of a head stand far apart, which no hardware prefetcher follows.

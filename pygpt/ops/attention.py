@@ -51,17 +51,8 @@ def causal_attention(
     if (dtype := autocast_dtype(q)) != q.dtype:
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     learns = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    masked = window is not None or document_ids is not None or kv_lengths is not None
-    # A single query that learns from many keys: we copy them into tiles for it, torch does not.
-    single = learns and q.dim() == k.dim() == 4 and q.shape[1] == 1 < k.shape[1]
-    plain = q.is_cpu and q.dtype == torch.float32 and not masked and not dropout_p
-    auto = not (single and plain)
-    if (
-        takes_native(impl)
-        and (auto or impl == "native")
-        and _native.attention_fits(
-            q, k, v, scale, window, document_ids, kv_lengths, dropout_p, seed
-        )
+    if takes_native(impl) and _native.attention_fits(
+        q, k, v, scale, window, document_ids, kv_lengths, dropout_p, seed
     ):
         if dropout_p and seed is None:
             seed = _draw_seed(q)
@@ -75,7 +66,7 @@ def causal_attention(
     chosen = resolve(
         impl,
         native=not why_not,
-        auto=auto and auto_takes("causal_attention", q.device, q.dtype),
+        auto=auto_takes("causal_attention", q.device, q.dtype),
         tensors=f"causal attention on {why_not}",
     )
     if dropout_p and seed is None and chosen != "torch":

@@ -59,11 +59,8 @@ class Op:
         self._learn = None if backward is None else _function(name, cpu, save, backward)
 
     def __call__(self, *arguments: Any) -> Any:
-        if watched():
+        if watched() or not _native.all_plain(*arguments):
             return self._seen(*arguments)
-        for x in arguments:
-            if isinstance(x, Tensor) and not (x.is_cpu and type(x) in (Tensor, Parameter)):
-                return self._seen(*arguments)
         return self.direct(*arguments)
 
     def direct(self, *arguments: Any) -> Any:
@@ -126,7 +123,7 @@ def watched() -> bool:
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._is_tracing()
-        or transformed()
+        or torch._C._functorch.peek_interpreter_stack() is not None
     )
 
 
