@@ -142,7 +142,12 @@ PYGPT_INLINE Mask dropped_lanes(const uint64_t* dropped, int64_t j) {
   return mask_of_bits(static_cast<uint32_t>(dropped[j / 64] >> (j % 64)) & ((1u << kLanes) - 1));
 }
 
-constexpr int64_t kDecodeRows = 8;  // queries times heads of a group, at most
+// Few queries read keys and values as they lie, sooner than tiles of them are packed. Both
+// directions do, so that scores are summed in one order.
+PYGPT_INLINE bool decodes(const Call& call) {
+  const int64_t most = call.pairs && call.a.queries > 1 ? 3 : 8;  // heads of a group count too
+  return call.a.queries * call.group <= most && call.a.dropout_p == 0;
+}
 void decode(Call& call);
 void decode_backward(Call& call);
 

@@ -297,7 +297,7 @@ void backward_task(const Call& call, int64_t b, int64_t kv_head, int64_t k_first
 
 void attention_backward(const AttentionArgs& a) {
   Call call = describe(a);
-  if (a.queries * call.group <= kDecodeRows / 2 && a.dropout_p == 0) return decode_backward(call);
+  if (decodes(call)) return decode_backward(call);
   const int64_t heads = a.batch * a.kv_heads;
   // Few heads: keys are cut too, each piece with a dq of its own, added up in order afterwards.
   const int64_t pieces = max(1, min(a.keys / 512, (12 + heads - 1) / heads));

@@ -11,7 +11,8 @@ namespace {
 constexpr int kFewKeys = 4;            // and values: what a head reads before the next one goes on
 constexpr int64_t kFewValues = 16;     // (fewer would load and store its sums too often)
 constexpr int64_t kStep = 2 * kLanes;  // elements
-static_assert(kLanes % kFewKeys == 0);
+constexpr int64_t kProducts = kLanes / kFewKeys * kLanes;  // floats, for kLanes keys
+static_assert(kFewKeys == 4);                              // as in partial_sums
 template <DType kType>
 constexpr int64_t kStepBytes = kStep * (kType == DType::kFloat32 ? 4 : 2);
 
@@ -19,15 +20,19 @@ struct Partial {  // per task and row
   float max, sum;
 };
 
-// The first kStep elements of a row as floats, zeros from `count` on. bf16 comes out as those of
-// even and those of odd index, which costs two instructions in place of four.
+// The first `count` bf16 of a row, kStep at most, as words; zeros behind them.
+PYGPT_INLINE F32 load_words(const char* row, int64_t count) {
+  const float* words = reinterpret_cast<const float*>(row);
+  return count >= kStep ? load(words) : load_first(words, static_cast<int>(count / 2));
+}
+// The same of any dtype as floats. bf16 comes out as those of even and those of odd index, which
+// costs two instructions in place of four.
 template <DType kType>
 PYGPT_INLINE void load_step(const char* row, int64_t count, F32 (&x)[2]) {
   if constexpr (kType == DType::kBFloat16) {
-    const float* words = reinterpret_cast<const float*>(row);
-    const F32 pairs = count >= kStep ? load(words) : load_first(words, static_cast<int>(count / 2));
-    x[0] = as_f32(shift_left<16>(as_i32(pairs)));
-    x[1] = as_f32(as_i32(pairs) & broadcast(static_cast<int32_t>(0xffff0000)));
+    const F32 words = load_words(row, count);
+    x[0] = as_f32(shift_left<16>(as_i32(words)));
+    x[1] = as_f32(as_i32(words) & broadcast(static_cast<int32_t>(0xffff0000)));
   } else {
     for (int i = 0; i < 2; ++i, count -= kLanes) {
       x[i] = count >= kLanes ? load_as_f32(kType, row, i * kLanes)
@@ -68,7 +73,8 @@ PYGPT_INLINE void load_steps(const char* row, int64_t dim, float* out) {
 
 struct DecodeRow {  // a query
   int64_t b, head, query;
-  const char *keys, *values;
+  const char *q, *keys, *values;
+  const char* dout;  // of the backward
   Interval seen;  // counted from the task's first key
   bool leads;     // is its head's first: asks for keys and values ahead
   int64_t place;  // of what the task finds out about it
@@ -123,11 +129,11 @@ DecodeTask lay_out_task(const Plan& p, int64_t index, int64_t score_pitch, bool 
     t.row = parts.take<DecodeRow>(t.rows);
     t.queries = parts.take<float>(t.rows * p.pitch);
     t.scores = parts.take<float>(t.rows * score_pitch);
-    t.products = parts.take<float>(t.rows * kLanes * kLanes);
+    t.products = parts.take<float>(t.rows * kProducts);
     if (backward) {
       t.douts = parts.take<float>(t.rows * p.pitch);
       t.deltas = parts.take<float>(t.rows);
-      t.value_products = parts.take<float>(t.rows * kLanes * kLanes);
+      t.value_products = parts.take<float>(t.rows * kProducts);
       t.weights = parts.take<float>(t.rows * kLanes);
     }
     return parts.used;
@@ -136,12 +142,15 @@ DecodeTask lay_out_task(const Plan& p, int64_t index, int64_t score_pitch, bool 
   for (int64_t r = 0; r < t.rows; ++r) {
     const int64_t kv_head = index / p.pieces * p.heads + r / p.rows, b = kv_head / a.kv_heads;
     const int64_t h = kv_head % a.kv_heads, i = r % a.queries;
+    const int64_t head = h * p.call.group + r % p.rows / a.queries;
     const Interval seen = within(p.call.visible(b).of_rows(i, i + 1), t.first, t.first + t.count);
     t.row[r] = {.b = b,
-                .head = h * p.call.group + r % p.rows / a.queries,
+                .head = head,
                 .query = i,
+                .q = p.call.at(a.q, b, i, head),
                 .keys = p.call.at(a.k, b, t.first, h),
                 .values = p.call.at(a.v, b, t.first, h),
+                .dout = backward ? p.call.at(a.dout, b, i, head) : nullptr,
                 .seen = {seen.lo - t.first, seen.hi - t.first},
                 .leads = r % p.rows == 0,
                 .place = (kv_head * p.pieces + index % p.pieces) * p.rows + r % p.rows};
@@ -149,16 +158,18 @@ DecodeTask lay_out_task(const Plan& p, int64_t index, int64_t score_pitch, bool 
   return t;
 }
 
-// A row's keys [j, j + kLanes), if it sees any.
-PYGPT_INLINE bool sees(const DecodeRow& row, int64_t j) {
-  return j < row.seen.hi && j + kLanes > row.seen.lo;
+// Whether a row sees any of the keys [first, first + count).
+PYGPT_INLINE bool sees(const DecodeRow& row, int64_t first, int64_t count) {
+  return first < row.seen.hi && first + count > row.seen.lo;
 }
 
-// The products of a query with kFewKeys keys, a vector each whose lanes are still to be summed;
-// those past `last` give what is masked.
+// The products of a query with kFewKeys keys as partial_sums; those past `last` give what is
+// masked. `words` is the query as it lies, which is what bf16 is multiplied by where it can be.
 template <DType kType>
-PYGPT_INLINE void multiply_keys(const float* q, const char* keys, int64_t stride, int64_t last,
-                                int64_t dim, int64_t ahead, float* products) {
+PYGPT_INLINE void multiply_keys(const float* q, const char* words, const char* keys,
+                                int64_t stride, int64_t last, int64_t dim, int64_t ahead,
+                                float* products) {
+  constexpr bool kPairs = kHasPairs && kType == DType::kBFloat16;
   const char* key[kFewKeys];
   F32 product[kFewKeys];
   unroll<kFewKeys>([&](auto i) PYGPT_LAMBDA {
@@ -167,18 +178,27 @@ PYGPT_INLINE void multiply_keys(const float* q, const char* keys, int64_t stride
     product[i] = broadcast(0.0f);
   });
   const auto add = [&](int64_t d, int64_t count) PYGPT_LAMBDA {
-    const F32 first = load(q + d), second = load(q + d + kLanes);
+    F32 query[2];
+    if constexpr (kPairs) {
+      query[0] = load_words(words + d / kStep * kStepBytes<kType>, count);
+    } else {
+      query[0] = load(q + d), query[1] = load(q + d + kLanes);
+    }
     unroll<kFewKeys>([&](auto i) PYGPT_LAMBDA {
-      F32 x[2];
-      load_step<kType>(key[i], count, x);
-      product[i] = fma(second, x[1], fma(first, x[0], product[i]));
+      if constexpr (kPairs) {
+        product[i] = multiply_add<true>(query[0], load_words(key[i], count), product[i]);
+      } else {
+        F32 x[2];
+        load_step<kType>(key[i], count, x);
+        product[i] = fma(query[1], x[1], fma(query[0], x[0], product[i]));
+      }
       key[i] += kStepBytes<kType>;
     });
   };
   int64_t d = 0;
   for (; d + kStep <= dim; d += kStep) add(d, kStep);
   if (d < dim) add(d, dim - d);
-  unroll<kFewKeys>([&](auto i) PYGPT_LAMBDA { store(products + i * kLanes, product[i]); });
+  store(products, partial_sums(product));
 }
 
 // out += weights * values over `count` rows.
@@ -206,11 +226,11 @@ PYGPT_INLINE void add_values(const float* weights, const char* values, int64_t s
   for (; d < dim; d += kStep) add(std::integral_constant<int, 1>(), d, dim - d);
 }
 
-// Lane i is the sum of line i.
-PYGPT_INLINE F32 sums_of(const float* lines) {
-  F32 x[kLanes];
-  for (int i = 0; i < kLanes; ++i) x[i] = load(lines + i * kLanes);
-  return sums(x);
+// The products of a query with kLanes keys.
+PYGPT_INLINE F32 join_products(const float* products) {
+  F32 parts[kLanes / kFewKeys];
+  for (int i = 0; i < kLanes / kFewKeys; ++i) parts[i] = load(products + i * kLanes);
+  return join_sums(parts);
 }
 
 template <DType kType>
@@ -222,22 +242,22 @@ void decode_task(const Plan& p, int64_t index, Partial* partials, float* outs) {
   const DecodeTask t = lay_out_task(p, index, score_pitch, false);
   for (int64_t r = 0; r < t.rows; ++r) {
     const DecodeRow& row = t.row[r];
-    load_steps<kType>(call.at(a.q, row.b, row.query, row.head), a.dim, t.queries + r * p.pitch);
+    load_steps<kType>(row.q, a.dim, t.queries + r * p.pitch);
     std::memset(outs + row.place * p.pitch, 0, p.pitch * sizeof(float));
   }
   for (int64_t j = 0; j < t.count; j += kLanes) {
     for (int64_t i = j; i < j + kLanes; i += kFewKeys) {
       for (int64_t r = 0; r < t.rows; ++r) {
         const DecodeRow& row = t.row[r];
-        if (!sees(row, j)) continue;
-        multiply_keys<kType>(t.queries + r * p.pitch, row.keys + i * k_row, k_row,
+        if (!sees(row, i, kFewKeys)) continue;
+        multiply_keys<kType>(t.queries + r * p.pitch, row.q, row.keys + i * k_row, k_row,
                              row.seen.hi - 1 - i, a.dim, row.leads ? p.ahead : 0,
-                             t.products + (r * kLanes + i - j) * kLanes);
+                             t.products + r * kProducts + (i - j) / kFewKeys * kLanes);
       }
     }
     for (int64_t r = 0; r < t.rows; ++r) {
-      if (!sees(t.row[r], j)) continue;
-      store(t.scores + r * score_pitch + j, sums_of(t.products + r * kLanes * kLanes));
+      if (!sees(t.row[r], j, kLanes)) continue;
+      store(t.scores + r * score_pitch + j, join_products(t.products + r * kProducts));
     }
   }
   for (int64_t r = 0; r < t.rows; ++r) {
@@ -332,10 +352,9 @@ void gradient_task(const Plan& p, int64_t index, float* dqueries) {
   const DecodeTask t = lay_out_task(p, index, kLanes, true);
   for (int64_t r = 0; r < t.rows; ++r) {
     const DecodeRow& row = t.row[r];
-    const char* dout = call.at(a.dout, row.b, row.query, row.head);
-    load_steps<kType>(call.at(a.q, row.b, row.query, row.head), a.dim, t.queries + r * p.pitch);
-    load_steps<kType>(dout, a.dim, t.douts + r * p.pitch);
-    dot_rows(a.dtype, call.at(a.out, row.b, row.query, row.head), 0, dout, 0, 1, a.dim,
+    load_steps<kType>(row.q, a.dim, t.queries + r * p.pitch);
+    load_steps<kType>(row.dout, a.dim, t.douts + r * p.pitch);
+    dot_rows(a.dtype, call.at(a.out, row.b, row.query, row.head), 0, row.dout, 0, 1, a.dim,
              t.deltas + r);
     std::memset(dqueries + row.place * p.pitch, 0, p.pitch * sizeof(float));
   }
@@ -343,13 +362,14 @@ void gradient_task(const Plan& p, int64_t index, float* dqueries) {
     for (int64_t i = j; i < j + kLanes; i += kFewKeys) {
       for (int64_t r = 0; r < t.rows; ++r) {
         const DecodeRow& row = t.row[r];
-        if (!sees(row, j)) continue;
-        const int64_t place = (r * kLanes + i - j) * kLanes, last = row.seen.hi - 1 - i;
+        if (!sees(row, i, kFewKeys)) continue;
+        const int64_t place = r * kProducts + (i - j) / kFewKeys * kLanes;
+        const int64_t last = row.seen.hi - 1 - i;
         const int64_t ahead = row.leads ? p.ahead : 0;
         // forward: score = q k^T;  dweight = dout v^T
-        multiply_keys<kType>(t.queries + r * p.pitch, row.keys + i * k_row, k_row, last, a.dim,
+        multiply_keys<kType>(t.queries + r * p.pitch, row.q, row.keys + i * k_row, k_row, last, a.dim,
                              ahead, t.products + place);
-        multiply_keys<kType>(t.douts + r * p.pitch, row.values + i * v_row, v_row, last, a.dim,
+        multiply_keys<kType>(t.douts + r * p.pitch, row.dout, row.values + i * v_row, v_row, last, a.dim,
                              ahead, t.value_products + place);
       }
     }
@@ -357,10 +377,10 @@ void gradient_task(const Plan& p, int64_t index, float* dqueries) {
       const DecodeRow& row = t.row[r];
       float *weights = t.weights + r * kLanes, *dscores = t.scores + r * kLanes;
       F32 weight = broadcast(0.0f), dscore = weight;
-      if (sees(row, j)) {
+      if (sees(row, j, kLanes)) {
         const float lse = a.lse[(row.b * a.heads + row.head) * a.queries + row.query];
-        const F32 score = sums_of(t.products + r * kLanes * kLanes);
-        const F32 dweight = sums_of(t.value_products + r * kLanes * kLanes);
+        const F32 score = join_products(t.products + r * kProducts);
+        const F32 dweight = join_products(t.value_products + r * kProducts);
         const Mask visible = lanes_within(j, row.seen);
         weight = exp2(fma(score, broadcast(call.factor), broadcast(-lse)));
         dscore = weight * (dweight - broadcast(t.deltas[r])) * broadcast(a.scale);

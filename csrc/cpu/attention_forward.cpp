@@ -217,11 +217,7 @@ void forward_task(const Call& call, int64_t b, int64_t kv_head, int64_t first, i
 
 void attention_forward(const AttentionArgs& a) {
   Call call = describe(a);
-  // Without a cache this may be training, whose backward wants scores that were summed in its
-  // order.
-  if (a.keys > a.queries && a.queries * call.group <= kDecodeRows && a.dropout_p == 0) {
-    return decode(call);
-  }
+  if (decodes(call)) return decode(call);
   lay_out_masks(a, call_scratch(lay_out_masks(a, nullptr, call)), call);
   const int64_t work = visible_pairs(call) * a.dim;
   // A task packs the keys it needs, so heads are cut into pieces only where there are few of them.

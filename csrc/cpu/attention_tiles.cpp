@@ -9,17 +9,6 @@ PYGPT_INLINE float load_word(const float* p) {
   return x;
 }
 
-template <bool kPairs>
-PYGPT_INLINE F32 multiply_add(F32 a, F32 b, F32 c) {
-#if defined(PYGPT_ISA_avx512_bf16)
-  if constexpr (kPairs) {
-    return {
-        _mm512_dpbf16_ps(c.v, reinterpret_cast<__m512bh>(a.v), reinterpret_cast<__m512bh>(b.v))};
-  }
-#endif
-  return fma(a, b, c);
-}
-
 // Rows are addressed from every third, which keeps the pointers of twelve rows in registers.
 template <bool kPairs, int kRows, int kVecs>
 void tile(Words a, const float* b, int64_t b_row, int64_t k, bool add, float* c, int64_t c_row) {

@@ -60,6 +60,18 @@ template <bool kPairs>
 void sum_tile(int rows, int vecs, const Words& a, const float* b, int64_t b_row, int64_t k,
               float* c, int64_t c_row);
 
+// a * b + c over lanes, which are words.
+template <bool kPairs>
+PYGPT_INLINE F32 multiply_add(F32 a, F32 b, F32 c) {
+#if defined(PYGPT_ISA_avx512_bf16)
+  if constexpr (kPairs) {
+    return {
+        _mm512_dpbf16_ps(c.v, reinterpret_cast<__m512bh>(a.v), reinterpret_cast<__m512bh>(b.v))};
+  }
+#endif
+  return fma(a, b, c);
+}
+
 // Lanes of one row of any dtype as floats, and back; the tails are the last `count` (< kLanes)
 // elements and touch nothing behind them.
 PYGPT_INLINE F32 load_as_f32(DType dtype, const char* p, int64_t index) {

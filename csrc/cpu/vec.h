@@ -161,22 +161,22 @@ PYGPT_INLINE void transpose(F32 (&r)[16]) {
   }
 }
 
-// Lane i is the sum of r[i].
-PYGPT_INLINE F32 sums(const F32 (&r)[16]) {
-  __m512 four[4];  // the sums' quarters of keys 4 i to 4 i + 3, a lane of 128 bits each
-  for (int i = 0; i < 4; ++i) {
-    __m512d two[2];
-    for (int j = 0; j < 2; ++j) {
-      const __m512 a = r[4 * i + 2 * j].v, b = r[4 * i + 2 * j + 1].v;
-      two[j] = _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)));
-    }
-    four[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(two[0], two[1])),
-                            _mm512_castpd_ps(_mm512_unpackhi_pd(two[0], two[1])));
+// Four sums, one of each vector, in two steps: lane 4 i + j of partial_sums is a part of that of
+// r[j]; lane 4 i + j of join_sums is then that of vector j of parts[i].
+PYGPT_INLINE F32 partial_sums(const F32 (&r)[4]) {
+  __m512d two[2];
+  for (int j = 0; j < 2; ++j) {
+    const __m512 a = r[2 * j].v, b = r[2 * j + 1].v;
+    two[j] = _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)));
   }
+  return {_mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(two[0], two[1])),
+                        _mm512_castpd_ps(_mm512_unpackhi_pd(two[0], two[1])))};
+}
+PYGPT_INLINE F32 join_sums(const F32 (&parts)[4]) {
   const auto fold = [](__m512 a, __m512 b) PYGPT_LAMBDA {
     return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
   };
-  return {fold(fold(four[0], four[1]), fold(four[2], four[3]))};
+  return {fold(fold(parts[0].v, parts[1].v), fold(parts[2].v, parts[3].v))};
 }
 // Elements of even index, then those of odd index -> all in order, in place.
 PYGPT_INLINE void interleave(float* p) {
@@ -320,14 +320,12 @@ PYGPT_INLINE void transpose(F32 (&r)[8]) {
   }
 }
 
-PYGPT_INLINE F32 sums(const F32 (&r)[8]) {
-  __m256 four[2];
-  for (int i = 0; i < 2; ++i) {
-    four[i] = _mm256_hadd_ps(_mm256_hadd_ps(r[4 * i].v, r[4 * i + 1].v),
-                             _mm256_hadd_ps(r[4 * i + 2].v, r[4 * i + 3].v));
-  }
-  return {_mm256_add_ps(_mm256_permute2f128_ps(four[0], four[1], 0x20),
-                        _mm256_permute2f128_ps(four[0], four[1], 0x31))};
+PYGPT_INLINE F32 partial_sums(const F32 (&r)[4]) {
+  return {_mm256_hadd_ps(_mm256_hadd_ps(r[0].v, r[1].v), _mm256_hadd_ps(r[2].v, r[3].v))};
+}
+PYGPT_INLINE F32 join_sums(const F32 (&parts)[2]) {
+  return {_mm256_add_ps(_mm256_permute2f128_ps(parts[0].v, parts[1].v, 0x20),
+                        _mm256_permute2f128_ps(parts[0].v, parts[1].v, 0x31))};
 }
 PYGPT_INLINE void interleave(float* p) {
   const __m256 even = _mm256_loadu_ps(p), odd = _mm256_loadu_ps(p + 8);
@@ -517,11 +515,12 @@ PYGPT_INLINE void transpose(F32 (&r)[4]) {
   for (int i = 0; i < 4; ++i) r[i] = t[i];
 }
 
-PYGPT_INLINE F32 sums(const F32 (&r)[4]) {
+PYGPT_INLINE F32 partial_sums(const F32 (&r)[4]) {
   F32 x;
   for (int i = 0; i < 4; ++i) x.v[i] = (r[i].v[0] + r[i].v[1]) + (r[i].v[2] + r[i].v[3]);
   return x;
 }
+PYGPT_INLINE F32 join_sums(const F32 (&parts)[1]) { return parts[0]; }
 PYGPT_INLINE void interleave(float* p) {
   const F32 even = load(p), odd = load(p + 4);
   for (int i = 0; i < 4; ++i) p[2 * i] = even.v[i], p[2 * i + 1] = odd.v[i];
