@@ -101,7 +101,7 @@ constexpr int64_t kTaskRows = 250;
 // Runs body(task) for all tasks, on this thread alone where waking others would cost more.
 template <class Body>
 void run_tasks(int64_t tasks, int64_t multiply_adds, const Body& body) {
-  if (multiply_adds < 300'000) {
+  if (multiply_adds < 100'000) {
     for (int64_t task = 0; task < tasks; ++task) body(task);
   } else {
     parallel_tasks(tasks, [&](int64_t task, int) { body(task); });

@@ -16,6 +16,8 @@ static_assert(kFewKeys == 4);                              // as in partial_sums
 template <DType kType>
 constexpr int64_t kStepBytes = kStep * (kType == DType::kFloat32 ? 4 : 2);
 
+constexpr int64_t kRowCost = 1000;  // of a query in a task, in multiply_adds
+
 struct Partial {  // per task and row
   float max, sum;
 };
@@ -442,7 +444,7 @@ void decode(Call& call) {
   const auto run = a.dtype == DType::kFloat32    ? decode_task<DType::kFloat32>
                    : a.dtype == DType::kBFloat16 ? decode_task<DType::kBFloat16>
                                                  : decode_task<DType::kFloat16>;
-  run_tasks(p.tasks(), 2 * visible_pairs(call) * a.dim,
+  run_tasks(p.tasks(), p.places() * kRowCost + 2 * visible_pairs(call) * a.dim,
             [&](int64_t index) { run(p, index, partials, outs); });
   for (int64_t head = 0; head < a.batch * a.kv_heads; ++head) {
     const int64_t place = head * p.pieces * p.rows;
@@ -464,7 +466,7 @@ void decode_backward(Call& call) {
   const auto run = a.dtype == DType::kFloat32    ? gradient_task<DType::kFloat32>
                    : a.dtype == DType::kBFloat16 ? gradient_task<DType::kBFloat16>
                                                  : gradient_task<DType::kFloat16>;
-  run_tasks(p.tasks(), 5 * visible_pairs(call) * a.dim,
+  run_tasks(p.tasks(), p.places() * kRowCost + 5 * visible_pairs(call) * a.dim,
             [&](int64_t index) { run(p, index, dqueries); });
   for (int64_t head = 0; head < a.batch * a.kv_heads; ++head) {
     merge_gradients(p, head / a.kv_heads, head % a.kv_heads,
