@@ -101,17 +101,21 @@ def sweep(quick: bool) -> None:
 
 
 def decode(seconds: float) -> None:
-    """Keys and values in the caches, then in memory alone, beside the rate of reading."""
+    """Keys and values in the caches, then in memory alone, beside a sum of as many bytes."""
     other = torch.ones(1 << 24)
-    reading = medians([other.sum], seconds)[0]
     for dtype in DTYPES:
         for s in (256, 1024, 4096):
             q, k, v, _ = tensors(1, 1, s, 12, 64, dtype)
             views = [x.transpose(1, 2) for x in (q, k, v)]
-            calls = [partial(ops.causal_attention, q, k, v), partial(sdpa, *views)]
+            as_many = torch.ones(2 * k.nbytes // 4)
+            calls = [
+                partial(ops.causal_attention, q, k, v),
+                partial(sdpa, *views),
+                as_many.sum,
+            ]
             with torch.no_grad():
-                ours, theirs = medians(calls, seconds)
-                times: list[list[float]] = [[], []]
+                ours, theirs = medians(calls[:2], seconds)
+                times: list[list[float]] = [[], [], []]
                 for _ in range(40):
                     for call, record in zip(calls, times, strict=True):
                         other.sum()
@@ -119,11 +123,11 @@ def decode(seconds: float) -> None:
                         call()
                         record.append(time.perf_counter() - begin)
             cold = [statistics.median(record) for record in times]
-            rate = 2 * k.nbytes / cold[0] / 1e9
+            rates = [as_many.nbytes / cold[i] / 1e9 for i in (0, 2)]
             print(
                 f"{str(dtype)[6:]:9} {s:5} keys {ours * 1e6:7.0f} {theirs * 1e6:7.0f} "
                 f"{theirs / ours:6.2f}x   cold {cold[0] * 1e6:7.0f} {cold[1] * 1e6:7.0f} "
-                f"{cold[1] / cold[0]:6.2f}x {rate:5.0f} of {other.nbytes / reading / 1e9:.0f} GB/s",
+                f"{cold[1] / cold[0]:6.2f}x {rates[0]:5.0f} of {rates[1]:.0f} GB/s",
                 flush=True,
             )
 

@@ -105,7 +105,7 @@ Plan plan(const Call& call) {
           .piece = piece,
           .pieces = (a.keys + piece - 1) / piece,
           .few = neighbours ? kFewValues : piece,
-          .ahead = neighbours ? 8 : 32,
+          .ahead = neighbours ? 24 : 48,
           .pitch = round_up(a.dim, kStep)};
 }
 
@@ -165,17 +165,31 @@ PYGPT_INLINE bool sees(const DecodeRow& row, int64_t first, int64_t count) {
   return first < row.seen.hi && first + count > row.seen.lo;
 }
 
+struct Ahead {  // rows asked for before they are read, into the second cache: the first is too slow
+  const char* rows;
+  int64_t stride;
+
+  template <DType kType>
+  PYGPT_INLINE void ask(int64_t i, int64_t dim) const {
+    constexpr int64_t kSize = kType == DType::kFloat32 ? 4 : 2;
+    if (!rows) return;
+    for (int64_t byte = 0; byte < dim * kSize; byte += 64) {
+      __builtin_prefetch(rows + i * stride + byte, 0, 2);
+    }
+  }
+};
+
 // The products of a query with kFewKeys keys as partial_sums; those past `last` give what is
 // masked. `words` is the query as it lies, which is what bf16 is multiplied by where it can be.
 template <DType kType>
 PYGPT_INLINE void multiply_keys(const float* q, const char* words, const char* keys,
-                                int64_t stride, int64_t last, int64_t dim, int64_t ahead,
+                                int64_t stride, int64_t last, int64_t dim, Ahead ahead,
                                 float* products) {
   constexpr bool kPairs = kHasPairs && kType == DType::kBFloat16;
   const char* key[kFewKeys];
   F32 product[kFewKeys];
   unroll<kFewKeys>([&](auto i) PYGPT_LAMBDA {
-    if (ahead) prefetch_row(kType, keys + (i + ahead) * stride, dim);
+    ahead.ask<kType>(i, dim);
     key[i] = keys + min(i, last) * stride;
     product[i] = broadcast(0.0f);
   });
@@ -206,13 +220,13 @@ PYGPT_INLINE void multiply_keys(const float* q, const char* words, const char* k
 // out += weights * values over `count` rows.
 template <DType kType>
 PYGPT_INLINE void add_values(const float* weights, const char* values, int64_t stride,
-                             int64_t count, int64_t dim, int64_t ahead, float* out) {
+                             int64_t count, int64_t dim, Ahead ahead, float* out) {
   const auto add = [&](auto steps, int64_t d, int64_t left) PYGPT_LAMBDA {
     F32 total[steps * 2];
     unroll<steps * 2>([&](auto i) PYGPT_LAMBDA { total[i] = load(out + d + i * kLanes); });
     const char* row = values + d / kStep * kStepBytes<kType>;
     for (int64_t j = 0; j < count; ++j, row += stride) {
-      if (ahead && d == 0) prefetch_row(kType, row + ahead * stride, dim);
+      if (d == 0) ahead.ask<kType>(j, dim);
       const F32 p = broadcast(weights[j]);
       unroll<steps>([&](auto i) PYGPT_LAMBDA {
         F32 x[2];
@@ -242,6 +256,16 @@ void decode_task(const Plan& p, int64_t index, Partial* partials, float* outs) {
   const int64_t k_row = a.k.row * call.element, v_row = a.v.row * call.element;
   const int64_t score_pitch = p.piece + kPad;
   const DecodeTask t = lay_out_task(p, index, score_pitch, false);
+  // What comes p.ahead rows after row n of the task, which reads its keys, then its values; the
+  // keys of the next piece follow.
+  const auto ahead = [&](const DecodeRow& row, int64_t n) PYGPT_LAMBDA {
+    n += p.ahead;
+    if (!row.leads) return Ahead{nullptr, 0};
+    if (n < t.count) return Ahead{row.keys + n * k_row, k_row};
+    n -= t.count;
+    if (n < t.count) return Ahead{row.values + n * v_row, v_row};
+    return Ahead{t.first + n < a.keys ? row.keys + n * k_row : nullptr, k_row};
+  };
   for (int64_t r = 0; r < t.rows; ++r) {
     const DecodeRow& row = t.row[r];
     load_steps<kType>(row.q, a.dim, t.queries + r * p.pitch);
@@ -253,7 +277,7 @@ void decode_task(const Plan& p, int64_t index, Partial* partials, float* outs) {
         const DecodeRow& row = t.row[r];
         if (!sees(row, i, kFewKeys)) continue;
         multiply_keys<kType>(t.queries + r * p.pitch, row.q, row.keys + i * k_row, k_row,
-                             row.seen.hi - 1 - i, a.dim, row.leads ? p.ahead : 0,
+                             row.seen.hi - 1 - i, a.dim, ahead(row, i),
                              t.products + r * kProducts + (i - j) / kFewKeys * kLanes);
       }
     }
@@ -286,7 +310,7 @@ void decode_task(const Plan& p, int64_t index, Partial* partials, float* outs) {
       const Interval part = within(row.seen, j, j + p.few);
       if (part.empty()) continue;
       add_values<kType>(t.scores + r * score_pitch + part.lo, row.values + part.lo * v_row, v_row,
-                        part.hi - part.lo, a.dim, row.leads ? p.ahead : 0,
+                        part.hi - part.lo, a.dim, ahead(row, t.count + part.lo),
                         outs + row.place * p.pitch);
     }
   }
@@ -367,12 +391,15 @@ void gradient_task(const Plan& p, int64_t index, float* dqueries) {
         if (!sees(row, i, kFewKeys)) continue;
         const int64_t place = r * kProducts + (i - j) / kFewKeys * kLanes;
         const int64_t last = row.seen.hi - 1 - i;
-        const int64_t ahead = row.leads ? p.ahead : 0;
+        const bool asks = row.leads && t.first + i + p.ahead < a.keys;
+        const auto ahead = [&](const char* rows, int64_t stride) PYGPT_LAMBDA {
+          return Ahead{asks ? rows + (i + p.ahead) * stride : nullptr, stride};
+        };
         // forward: score = q k^T;  dweight = dout v^T
         multiply_keys<kType>(t.queries + r * p.pitch, row.q, row.keys + i * k_row, k_row, last, a.dim,
-                             ahead, t.products + place);
+                             ahead(row.keys, k_row), t.products + place);
         multiply_keys<kType>(t.douts + r * p.pitch, row.dout, row.values + i * v_row, v_row, last, a.dim,
-                             ahead, t.value_products + place);
+                             ahead(row.values, v_row), t.value_products + place);
       }
     }
     for (int64_t r = 0; r < t.rows; ++r) {
@@ -394,7 +421,7 @@ void gradient_task(const Plan& p, int64_t index, float* dqueries) {
       const Interval part = within(row.seen, j, j + kLanes);
       if (part.empty()) continue;
       add_values<kType>(dscores + part.lo - j, row.keys + part.lo * k_row, k_row,
-                        part.hi - part.lo, a.dim, 0, dqueries + row.place * p.pitch);
+                        part.hi - part.lo, a.dim, {}, dqueries + row.place * p.pitch);
     }
     for (int64_t i = 0; i < min(kLanes, t.count - j); ++i) {
       for (int64_t r = 0; r < t.rows; r += p.rows) {
