@@ -179,7 +179,7 @@ class GPT(nn.Module):
 
     def forward(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
         """Next-token logits of every position: (B, T) -> (B, T, V). Arguments as in `hidden`."""
-        return F.linear(self.hidden(ids, cache), self.head_weight)
+        return ops.linear(self.hidden(ids, cache), self.head_weight)
 
     def loss(
         self,

@@ -151,6 +151,22 @@ def test_a_long_sum_in_bfloat16_is_rounded_once():
     assert torch.equal(outs[0], outs[1].bfloat16())
 
 
+@pytest.mark.parametrize("learns", [True, False])
+def test_bfloat16_alone_is_ours_where_torch_is_slow_in_it(learns, monkeypatch):
+    leaves, _ = example(70, 40, 33)
+    leaves = [x.detach().bfloat16().requires_grad_(learns) for x in leaves]
+    exact = F.linear(*(x.detach().double() for x in leaves))
+    calls = []
+    monkeypatch.setattr("pygpt.ops.product.gemm", lambda *x: calls.append(x) or gemm(*x))
+    for wins in (True, False):
+        monkeypatch.setattr("pygpt.ops.product._own_wins", {"bfloat16 alone": wins})
+        with torch.set_grad_enabled(learns):
+            out = ops.linear(*leaves)
+        assert bool(calls) is wins
+        assert (out - exact).abs().max() <= 2**-7 * exact.abs().max()
+        calls.clear()
+
+
 def test_float64_goes_to_torch():
     (x, weight, _), _ = example(70, 5, 4)
     assert ops.linear(x.double(), weight.double()).dtype == torch.float64

@@ -238,9 +238,9 @@ def test_a_resumed_run_keeps_the_product_it_began_with(tmp_path: Path, monkeypat
     # Measured in each process, the faster of two could be another one the next time.
     for wins in (False, True):
         out = tmp_path / str(wins)
-        monkeypatch.setattr("pygpt.ops.product._own_wins", {torch.float32: wins})
+        monkeypatch.setattr("pygpt.ops.product._own_wins", {"float32": wins})
         fit(Small(), Successor(), changed(steps=2), out=out)
-        monkeypatch.setattr("pygpt.ops.product._own_wins", {torch.float32: not wins})
+        monkeypatch.setattr("pygpt.ops.product._own_wins", {"float32": not wins})
         fit(Small(), Successor(), changed(steps=4), out=out, allow={"steps"})
         assert ops.own_products()["float32"] is wins
 

@@ -4,7 +4,8 @@
 //
 // The usual scheme: B is packed into panels of kCols columns that all threads read, a task packs
 // its rows of A into panels of kRows, and a register tile of kRows x kCols runs along k. Both are
-// packed in words of 32 bits: one float32, or two bfloat16 that follow each other along k. Sums are
+// packed in words of 32 bits: one float32, or, where the CPU multiplies them, two bfloat16 that
+// follow each other along k. Sums are
 // float32 within kDepth words of k and then added up: one accumulator along the whole of k would
 // double the error of float32 at k = 768. Every element of C is summed in one order, whatever the
 // number of threads and wherever its row stands.
@@ -45,19 +46,19 @@ struct Single {
   }
 };
 
+// A float32 that takes part in a product in bfloat16.
+struct Rounded {
+  using Type = float;
+  static PYGPT_INLINE F32 read(const float* p) { return as_f32(shift_left<16>(to_bf16_bits(load(p)))); }
+};
+
+#if defined(PYGPT_ISA_avx512_bf16)
 // Words of two bfloat16; the lower half is the earlier one.
 struct Pair {
   static constexpr int kSteps = 2;
   static constexpr int64_t kDepth = kLongDepth;
   static PYGPT_INLINE F32 dot(F32 a, F32 b, F32 sum) {
-#if defined(PYGPT_ISA_avx512_bf16)
     return {_mm512_dpbf16_ps(sum.v, (__m512bh)a.v, (__m512bh)b.v)};
-#else
-    const I32 upper = broadcast(static_cast<int32_t>(0xffff0000));
-    const I32 x = as_i32(a), y = as_i32(b);
-    return fma(as_f32(x & upper), as_f32(y & upper),
-               fma(as_f32(shift_left<16>(x)), as_f32(shift_left<16>(y)), sum));
-#endif
   }
   template <class D>
   static PYGPT_INLINE F32 across(const typename D::Type* p, int64_t k_stride, int64_t lines,
@@ -74,9 +75,11 @@ struct Pair {
     if constexpr (sizeof(typename D::Type) == 2) {
       if (depth >= 2 * kLanes) return load(reinterpret_cast<const float*>(p));
     }
-    return join_bf16(read_up_to<D>(p, depth), read_up_to<D>(p + kLanes, depth - kLanes));
+    const F32 first = read_up_to<D>(p, depth), second = read_up_to<D>(p + kLanes, depth - kLanes);
+    return {_mm512_castsi512_ps((__m512i)_mm512_cvtne2ps_pbh(second.v, first.v))};
   }
 };
+#endif
 
 // Panels of kLines lines with the words of each k side by side; lines from `width` on are zeros.
 // May write kLanes - 1 words past the end of a panel.
@@ -118,12 +121,13 @@ void pack(const void* from, int64_t line_stride, int64_t k_stride, int64_t width
   }
 }
 
-template <class Unit, int kLines>
+// F is how float32 is read: Float or Rounded.
+template <class Unit, class F, int kLines>
 void pack(const void* from, DType type, int64_t begin, int64_t line_stride, int64_t k,
           int64_t k_stride, int64_t width, int64_t depth, float* out, int64_t panel_stride) {
   const int64_t at = begin * line_stride + k * k_stride;
   if (type == DType::kFloat32) {
-    pack<Unit, Float, kLines>(static_cast<const float*>(from) + at, line_stride, k_stride, width,
+    pack<Unit, F, kLines>(static_cast<const float*>(from) + at, line_stride, k_stride, width,
                               depth, out, panel_stride);
   } else {
     pack<Unit, BFloat, kLines>(static_cast<const uint16_t*>(from) + at, line_stride, k_stride,
@@ -175,7 +179,7 @@ PYGPT_INLINE void put(const Tile& total, void* to, int64_t stride, int64_t rows,
   }
 }
 
-template <class Unit>
+template <class Unit, class F>
 void product(const GemmArgs& g) {
   const int64_t all_words = ceil_div(g.k, Unit::kSteps);
   const int64_t words = ceil_div(all_words, ceil_div(all_words, kLongDepth));  // packed at a time
@@ -213,7 +217,7 @@ void product(const GemmArgs& g) {
           const int64_t group = std::clamp<int64_t>(panels / (4 * threads), 1, 8);
           parallel_tasks(ceil_div(panels, group), [&](int64_t task, int) {
             const int64_t begin = task * group * kCols;
-            pack<Unit, kCols>(g.b, g.b_type, n0 + begin, g.b_n_stride, k0, g.b_k_stride,
+            pack<Unit, F, kCols>(g.b, g.b_type, n0 + begin, g.b_n_stride, k0, g.b_k_stride,
                               std::min(group * kCols, width - begin), depth,
                               packed_b + task * group * b_stride, b_stride);
           });
@@ -222,7 +226,7 @@ void product(const GemmArgs& g) {
           const int64_t begin = task * row_panels / tasks, end = (task + 1) * row_panels / tasks;
           if (n0 == 0) {
             const int64_t m = m0 + begin * kRows;
-            pack<Unit, kRows>(g.a, g.a_type, m, g.a_m_stride, k0, g.a_k_stride,
+            pack<Unit, F, kRows>(g.a, g.a_type, m, g.a_m_stride, k0, g.a_k_stride,
                               std::min((end - begin) * kRows, g.m - m), depth,
                               packed_a + begin * a_stride, a_stride);
           }
@@ -265,9 +269,13 @@ void product(const GemmArgs& g) {
 
 void gemm(const GemmArgs& g) {
   if (g.a_type == DType::kFloat32 && g.b_type == DType::kFloat32) {
-    product<Single>(g);
+    product<Single, Float>(g);
   } else {
-    product<Pair>(g);
+#if defined(PYGPT_ISA_avx512_bf16)
+    product<Pair, Float>(g);  // which rounds
+#else
+    product<Single, Rounded>(g);
+#endif
   }
 }
 

@@ -577,18 +577,6 @@ PYGPT_INLINE F32 pair_bf16(F32 low, F32 high) {
   return as_f32(to_bf16_bits(low) | shift_left<16>(to_bf16_bits(high)));
 #endif
 }
-// All of `first`, then all of `second`, as bf16 in the order of memory.
-PYGPT_INLINE F32 join_bf16(F32 first, F32 second) {
-#if defined(PYGPT_ISA_avx512_bf16)
-  const __m512bh both = _mm512_cvtne2ps_pbh(second.v, first.v);
-  return {_mm512_castsi512_ps(reinterpret_cast<__m512i>(both))};
-#else
-  uint16_t halves[2 * kLanes];
-  store_bf16(halves, first);
-  store_bf16(halves + kLanes, second);
-  return load(reinterpret_cast<const float*>(halves));
-#endif
-}
 
 // Horizontal results, in a fixed order: halves first.
 PYGPT_INLINE float sum(F32 x) {

@@ -35,7 +35,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, impl: Impl 
     dtype = autocast_dtype(x)
     native = fits_linear(x, weight, bias, dtype)
     many = native and x.numel() >= FEW_ROWS * x.shape[-1]
-    wins = own_wins(dtype) if dtype == torch.float32 else torch.is_grad_enabled()
+    half = dtype != torch.float32
+    wins = (half and torch.is_grad_enabled()) or own_wins(dtype, alone=half)
     if resolve(impl, native=native, auto=many and wins) == "native":
         return _linear(x.to(dtype), weight, bias)  # type: ignore[no-any-return]
     return F.linear(x, weight, bias)
@@ -89,36 +90,43 @@ def gemm(
     )
 
 
-_own_wins: dict[torch.dtype, bool] = {}  # changed by the three functions below alone
+# Known ratios of the times, between which the choice is the same every time: in float32 0.46 to
+# 0.97 (AMD: Zen 5, and Zen 4 with AVX2 or AVX-512); in bfloat16 0.75 to 1.0 where the CPU
+# multiplies it (no AMX), above 2 with AMX, under 0.4 where it does not.
+_MOST = {"float32": 1.0, "bfloat16": 1.4, "bfloat16 alone": 0.6}
+_own_wins: dict[str, bool] = {}  # changed by the three functions below alone
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def own_wins(dtype: torch.dtype) -> bool:
-    """Whether the native product in float32, or of bfloat16 with float32, is taken on this machine:
-    measured once a process."""
-    if dtype not in _own_wins:
-        _own_wins[dtype] = dtype in (torch.float32, torch.bfloat16) and _measure(dtype)
-    return _own_wins[dtype]
+def own_wins(dtype: torch.dtype, alone: bool = False) -> bool:
+    """Whether the native product is taken on this machine, measured once a process: in float32, of
+    bfloat16 with float32, or of bfloat16 alone."""
+    kind = str(dtype).removeprefix("torch.") + " alone" * alone
+    if kind not in _own_wins:
+        _own_wins[kind] = kind in _MOST and _ratio(kind) < _MOST[kind]
+    return _own_wins[kind]
 
 
 def own_products() -> dict[str, bool]:
     """What was measured so far, for `assume_own_products`."""
-    return {str(dtype).removeprefix("torch."): wins for dtype, wins in _own_wins.items()}
+    return dict(_own_wins)
 
 
 def assume_own_products(wins: dict[str, bool]) -> None:
     """Go on with what another process measured: the two products' last bits differ."""
-    _own_wins.update({getattr(torch, name): value for name, value in wins.items()})
+    _own_wins.update(wins)
 
 
-def _measure(dtype: torch.dtype) -> bool:
-    """One thread's time, which does not depend on what else the machine does."""
+def _ratio(kind: str) -> float:
+    """One thread's time, which does not depend on what else the machine does, over torch's."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         with torch.no_grad():
             a, b, out = torch.ones(384, 512), torch.ones(512, 512), torch.empty(384, 512)
+            dtype = torch.float32 if kind == "float32" else torch.bfloat16
             a, out = a.to(dtype), out.to(dtype)
+            b = b.to(dtype) if kind.endswith("alone") else b
             times: list[list[float]] = [[], []]
             for _ in range(15):
                 for product, record in zip((gemm, _torch_product), times, strict=True):
@@ -127,9 +135,7 @@ def _measure(dtype: torch.dtype) -> bool:
                     record.append(time.thread_time() - start)
     finally:
         torch.set_num_threads(threads)
-    # Known ratios, between which the choice is the same every time: in float32 0.46 to 0.97 (AMD:
-    # Zen 5, and Zen 4 with AVX2 or AVX-512), in bfloat16 0.75 to 0.9 (no AMX) and above 2.
-    return min(times[0]) < (1.0 if dtype == torch.float32 else 1.4) * min(times[1])
+    return min(times[0]) / min(times[1])
 
 
 def _torch_product(
@@ -164,15 +170,17 @@ def product(
     The product is made in the narrower dtype of a and b, with float32 sums; out has either.
     """
     narrow = b.dtype if a.dtype == torch.float32 else a.dtype
-    # Where all are bfloat16 torch wins, but for the transposed a of a weight's gradient.
-    fits = torch.float32 in (a.dtype, b.dtype, out.dtype) or a.stride(1) != 1
-    own = fits and reads_wider(narrow, out.device)
+    # Where all are bfloat16 torch wins on CPUs that multiply it, but for the transposed a of a
+    # weight's gradient.
+    wide = torch.float32 in (a.dtype, b.dtype, out.dtype) or a.stride(1) != 1
+    own = out.is_cpu and own_wins(narrow, alone=not wide)
     (gemm if own else _torch_product)(a, b, out, bias, accumulate)
 
 
 def _own_product(a: Tensor, b: Tensor, out: Tensor, *rest: Any, **options: Any) -> None:
-    fits = {a.dtype, b.dtype, out.dtype} <= {torch.float32, torch.bfloat16}
-    (gemm if fits else product)(a, b, out, *rest, **options)
+    """In float32 it has been chosen; in others `product` chooses for each."""
+    chosen = a.dtype == b.dtype == out.dtype == torch.float32
+    (gemm if chosen else product)(a, b, out, *rest, **options)
 
 
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
