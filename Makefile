@@ -56,7 +56,7 @@ test: lint
 	@$(BIN)/python -m pytest $(TESTS)
 
 # bench_shakespeare.py wants the text and minutes, bench_cuda.py a GPU: neither belongs here.
-BENCH ?= attention sampling cross_entropy linear load tokenizer tokenizer_train train_step
+BENCH ?= attention sampling cross_entropy linear generation load tokenizer tokenizer_train train_step
 bench: $(VENV)/.installed
 	@set -e; for name in $(BENCH); do \
 	  echo "== $$name"; $(BIN)/python benchmarks/bench_$$name.py; done

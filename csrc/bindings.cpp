@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <initializer_list>
 #include <optional>
@@ -257,6 +258,52 @@ void bind_gemm(py::module_& m) {
                               a_m_stride, a_k_stride, pointer<void>(b), static_cast<DType>(b_type),
                               b_k_stride, b_n_stride, pointer<void>(c), static_cast<DType>(c_type),
                               c_stride, pointer<float>(bias), accumulate});
+        });
+  // x weight^T + bias for few rows; None for what gemm is needed for, or pygpt/ops/product.py.
+  m.def("linear_of_few_rows",
+        [](py::handle x, py::handle weight, std::optional<py::handle> bias) -> py::object {
+          const auto rows = read_plain_tensor(x), matrix = read_plain_tensor(weight);
+          const auto added = bias ? read_plain_tensor(*bias) : std::nullopt;
+          if (!rows || !matrix || (bias && !added)) return py::none();
+          const auto dtype = rows->dtype();
+          if (!dtype || *dtype == DType::kFloat16 || rows->dims < 1 || !rows->is_contiguous() ||
+              matrix->dtype() != dtype || matrix->dims != 2 ||
+              (matrix->strides[0] != 1 && matrix->strides[1] != 1)) {
+            return py::none();
+          }
+          const int64_t depth = matrix->shape[1], cols = matrix->shape[0];
+          std::vector<int64_t> shape(rows->shape, rows->shape + rows->dims);
+          if (shape.back() != depth) return py::none();
+          shape.back() = cols;
+          int64_t count = 1;
+          for (size_t i = 0; i + 1 < shape.size(); ++i) count *= shape[i];
+          if (added && (added->dtype() != dtype || added->dims != 1 || added->shape[0] != cols ||
+                        !added->is_contiguous())) {
+            return py::none();
+          }
+          GemmArgs g{};
+          g.m = count, g.n = cols, g.k = depth;
+          g.a = rows->as<void>(), g.b = matrix->as<void>();
+          g.a_type = g.b_type = g.c_type = *dtype;
+          g.a_m_stride = depth, g.a_k_stride = 1;
+          g.b_k_stride = matrix->strides[1], g.b_n_stride = matrix->strides[0];
+          g.c_stride = cols;
+          std::vector<float> wide;
+          if (added && *dtype == DType::kBFloat16) {
+            const uint16_t* narrow = added->as<uint16_t>();
+            wide.resize(static_cast<size_t>(cols));
+            for (int64_t i = 0; i < cols; ++i) {
+              wide[static_cast<size_t>(i)] =
+                  std::bit_cast<float>(static_cast<uint32_t>(narrow[i]) << 16);
+            }
+            g.bias = wide.data();
+          } else if (added) {
+            g.bias = added->as<float>();
+          }
+          py::object out = make_tensor(*dtype, shape, &g.c);
+          const py::gil_scoped_release release;
+          if (count && cols) cpu_kernels().gemm(g);
+          return out;
         });
 }
 

@@ -13,7 +13,6 @@ from typing import Any, overload
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from pygpt import ops
 from pygpt.errors import NumericError
@@ -206,7 +205,7 @@ def _continue(
     try:
         hidden = _encode(model, windows, cache)
         for number in range(max_new_tokens):
-            logits = F.linear(hidden, model.head_weight)[:, :n_words].to(sampler)
+            logits = ops.linear(hidden, model.head_weight)[:, :n_words].to(sampler)
             if histories:
                 sampling["repetition_penalty"] = repetition_penalty
                 sampling["history"] = _padded([histories[r] for r in active], -1, sampler)

@@ -695,8 +695,9 @@ def test_a_classifier_learns_by_low_rank_additions_alone(tmp_path, head):
     states = {name.rpartition(".")[0] for name in learned}
     assert all(name.endswith((".a", ".b")) or ".head." in name for name in states)
     assert any(name.endswith(".head.a" if head else ".head.weight") for name in states)
+    # Files keep matrices the other way round, whose products are summed in another order.
     loaded = Classifier.load(tmp_path)
-    assert torch.equal(loaded.probabilities(["barks"]), clf.probabilities(["barks"]))
+    torch.testing.assert_close(loaded.probabilities(["barks"]), clf.probabilities(["barks"]))
 
 
 def test_instructions_are_learned_by_low_rank_additions(tmp_path):

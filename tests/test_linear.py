@@ -71,12 +71,14 @@ def test_random_shapes_and_strides(seed):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
-def test_a_row_does_not_depend_on_the_other_rows_or_on_threads():
-    (x, weight, bias), _ = example(100, 70, 500)
+@pytest.mark.parametrize(("rows", "some"), [(16, 1), (100, 17)])
+def test_a_row_does_not_depend_on_the_other_rows_or_on_threads(rows, some):
+    (x, weight, bias), _ = example(rows, 1070, 500)
     with torch.no_grad():
         together = ops.linear(x, weight, bias, impl="native")
-        alone = torch.cat([ops.linear(row, weight, bias, impl="native") for row in x[:, None]])
-        assert torch.equal(together, alone)
+        for first in range(0, rows - some + 1, some):
+            part = ops.linear(x[first : first + some], weight, bias, impl="native")
+            assert torch.equal(together[first : first + some], part)
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
@@ -165,6 +167,32 @@ def test_bfloat16_alone_is_ours_where_torch_is_slow_in_it(learns, monkeypatch):
         assert bool(calls) is wins
         assert (out - exact).abs().max() <= 2**-7 * exact.abs().max()
         calls.clear()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("depth", [1, 5, 16, 31, 33, 96, 500])
+def test_few_rows(depth, transposed, dtype):
+    g = torch.Generator().manual_seed(depth)
+    for rows, cols in itertools.product((1, 2, 3, 5, 8, 16), (1, 3, 16, 21, 32, 150)):
+        x = torch.randn(rows, 2 * depth, generator=g).to(dtype)[:, 1 : depth + 1]
+        weight = torch.randn(cols, depth + 3, generator=g).to(dtype)[:, :depth]
+        if transposed:
+            weight = torch.randn(depth, cols + 5, generator=g).to(dtype)[:, 1:-4].t()
+        bias = torch.randn(cols, generator=g)
+        exact = x.double() @ weight.double().t() + bias
+        terms = x.double().abs() @ weight.double().abs().t() + bias.abs()
+        for out_type in {torch.float32: 0, dtype: 0}:
+            room = torch.full((rows, cols + 2), torch.nan, dtype=out_type)
+            gemm(x, weight.t(), room[:, :cols], bias)
+            error = torch.finfo(torch.float32).eps * depth**0.5 * terms
+            error = error + torch.finfo(out_type).eps / 2 * exact.abs()
+            assert ((room[:, :cols] - exact).abs() <= error).all(), (rows, cols)
+            assert room[:, cols:].isnan().all()
+        with torch.no_grad():
+            gemm(x, weight.t(), out := room[:, :cols], bias.to(dtype))
+            direct = ops.linear(x.contiguous(), weight, bias.to(dtype), impl="native")
+        assert torch.equal(direct, out.to(dtype)) and direct.dtype == dtype
 
 
 def test_float64_goes_to_torch():

@@ -13,6 +13,8 @@ constexpr int64_t kFewValues = 16;     // (fewer would load and store its sums t
 constexpr int64_t kStep = 2 * kLanes;  // elements
 constexpr int64_t kProducts = kLanes / kFewKeys * kLanes;  // floats, for kLanes keys
 static_assert(kFewKeys == 4);                              // as in partial_sums
+template <DType kType>  // rows are multiplied as they lie, two bf16 at a time
+constexpr bool kInWords = kHasPairs && kType == DType::kBFloat16;
 template <DType kType>
 constexpr int64_t kStepBytes = kStep * (kType == DType::kFloat32 ? 4 : 2);
 
@@ -77,9 +79,9 @@ struct DecodeRow {  // a query
   int64_t b, head, query;
   const char *q, *keys, *values;
   const char* dout;  // of the backward
-  Interval seen;  // counted from the task's first key
-  bool leads;     // is its head's first: asks for keys and values ahead
-  int64_t place;  // of what the task finds out about it
+  Interval seen;     // counted from the task's first key
+  bool leads;        // is its head's first: asks for keys and values ahead
+  int64_t place;     // of what the task finds out about it
 };
 
 // How a call is cut into tasks: a piece of the keys, for one head or for all.
@@ -180,12 +182,10 @@ struct Ahead {  // rows asked for before they are read, into the second cache: t
 };
 
 // The products of a query with kFewKeys keys as partial_sums; those past `last` give what is
-// masked. `words` is the query as it lies, which is what bf16 is multiplied by where it can be.
+// masked. `q` is the query from load_steps, `words` as it lies.
 template <DType kType>
-PYGPT_INLINE void multiply_keys(const float* q, const char* words, const char* keys,
-                                int64_t stride, int64_t last, int64_t dim, Ahead ahead,
-                                float* products) {
-  constexpr bool kPairs = kHasPairs && kType == DType::kBFloat16;
+PYGPT_INLINE void multiply_keys(const float* q, const char* words, const char* keys, int64_t stride,
+                                int64_t last, int64_t dim, Ahead ahead, float* products) {
   const char* key[kFewKeys];
   F32 product[kFewKeys];
   unroll<kFewKeys>([&](auto i) PYGPT_LAMBDA {
@@ -195,13 +195,13 @@ PYGPT_INLINE void multiply_keys(const float* q, const char* words, const char* k
   });
   const auto add = [&](int64_t d, int64_t count) PYGPT_LAMBDA {
     F32 query[2];
-    if constexpr (kPairs) {
+    if constexpr (kInWords<kType>) {
       query[0] = load_words(words + d / kStep * kStepBytes<kType>, count);
     } else {
       query[0] = load(q + d), query[1] = load(q + d + kLanes);
     }
     unroll<kFewKeys>([&](auto i) PYGPT_LAMBDA {
-      if constexpr (kPairs) {
+      if constexpr (kInWords<kType>) {
         product[i] = multiply_add<true>(query[0], load_words(key[i], count), product[i]);
       } else {
         F32 x[2];
@@ -268,7 +268,7 @@ void decode_task(const Plan& p, int64_t index, Partial* partials, float* outs) {
   };
   for (int64_t r = 0; r < t.rows; ++r) {
     const DecodeRow& row = t.row[r];
-    load_steps<kType>(row.q, a.dim, t.queries + r * p.pitch);
+    if (!kInWords<kType>) load_steps<kType>(row.q, a.dim, t.queries + r * p.pitch);
     std::memset(outs + row.place * p.pitch, 0, p.pitch * sizeof(float));
   }
   for (int64_t j = 0; j < t.count; j += kLanes) {
@@ -396,10 +396,10 @@ void gradient_task(const Plan& p, int64_t index, float* dqueries) {
           return Ahead{asks ? rows + (i + p.ahead) * stride : nullptr, stride};
         };
         // forward: score = q k^T;  dweight = dout v^T
-        multiply_keys<kType>(t.queries + r * p.pitch, row.q, row.keys + i * k_row, k_row, last, a.dim,
-                             ahead(row.keys, k_row), t.products + place);
-        multiply_keys<kType>(t.douts + r * p.pitch, row.dout, row.values + i * v_row, v_row, last, a.dim,
-                             ahead(row.values, v_row), t.value_products + place);
+        multiply_keys<kType>(t.queries + r * p.pitch, row.q, row.keys + i * k_row, k_row, last,
+                             a.dim, ahead(row.keys, k_row), t.products + place);
+        multiply_keys<kType>(t.douts + r * p.pitch, row.dout, row.values + i * v_row, v_row, last,
+                             a.dim, ahead(row.values, v_row), t.value_products + place);
       }
     }
     for (int64_t r = 0; r < t.rows; ++r) {
@@ -420,8 +420,8 @@ void gradient_task(const Plan& p, int64_t index, float* dqueries) {
       store(dscores, dscore);
       const Interval part = within(row.seen, j, j + kLanes);
       if (part.empty()) continue;
-      add_values<kType>(dscores + part.lo - j, row.keys + part.lo * k_row, k_row,
-                        part.hi - part.lo, a.dim, {}, dqueries + row.place * p.pitch);
+      add_values<kType>(dscores + part.lo - j, row.keys + part.lo * k_row, k_row, part.hi - part.lo,
+                        a.dim, {}, dqueries + row.place * p.pitch);
     }
     for (int64_t i = 0; i < min(kLanes, t.count - j); ++i) {
       for (int64_t r = 0; r < t.rows; r += p.rows) {

@@ -5,10 +5,10 @@
 // The usual scheme: B is packed into panels of kCols columns that all threads read, a task packs
 // its rows of A into panels of kRows, and a register tile of kRows x kCols runs along k. Both are
 // packed in words of 32 bits: one float32, or, where the CPU multiplies them, two bfloat16 that
-// follow each other along k. Sums are
-// float32 within kDepth words of k and then added up: one accumulator along the whole of k would
-// double the error of float32 at k = 768. Every element of C is summed in one order, whatever the
-// number of threads and wherever its row stands.
+// follow each other along k. Sums are float32 within kDepth words of k and then added up: one
+// accumulator along the whole of k would double the error of float32 at k = 768. Every element of C
+// is summed in one order, whatever the number of threads and wherever its row stands (few_rows.cpp,
+// for up to 16 rows, has its own).
 //
 // 12 x 2 vectors (AVX-512) ties with 8 x 3, and 32 columns divide the widths of real models.
 #include <algorithm>
@@ -17,6 +17,7 @@
 #include "core/parallel.h"
 #include "core/scratch.h"
 #include "cpu/element.h"
+#include "cpu/few_rows.h"
 
 namespace pygpt::PYGPT_ISA_NAMESPACE {
 namespace {
@@ -49,7 +50,9 @@ struct Single {
 // A float32 that takes part in a product in bfloat16.
 struct Rounded {
   using Type = float;
-  static PYGPT_INLINE F32 read(const float* p) { return as_f32(shift_left<16>(to_bf16_bits(load(p)))); }
+  static PYGPT_INLINE F32 read(const float* p) {
+    return as_f32(shift_left<16>(to_bf16_bits(load(p))));
+  }
 };
 
 #if defined(PYGPT_ISA_avx512_bf16)
@@ -127,8 +130,8 @@ void pack(const void* from, DType type, int64_t begin, int64_t line_stride, int6
           int64_t k_stride, int64_t width, int64_t depth, float* out, int64_t panel_stride) {
   const int64_t at = begin * line_stride + k * k_stride;
   if (type == DType::kFloat32) {
-    pack<Unit, F, kLines>(static_cast<const float*>(from) + at, line_stride, k_stride, width,
-                              depth, out, panel_stride);
+    pack<Unit, F, kLines>(static_cast<const float*>(from) + at, line_stride, k_stride, width, depth,
+                          out, panel_stride);
   } else {
     pack<Unit, BFloat, kLines>(static_cast<const uint16_t*>(from) + at, line_stride, k_stride,
                                width, depth, out, panel_stride);
@@ -218,8 +221,8 @@ void product(const GemmArgs& g) {
           parallel_tasks(ceil_div(panels, group), [&](int64_t task, int) {
             const int64_t begin = task * group * kCols;
             pack<Unit, F, kCols>(g.b, g.b_type, n0 + begin, g.b_n_stride, k0, g.b_k_stride,
-                              std::min(group * kCols, width - begin), depth,
-                              packed_b + task * group * b_stride, b_stride);
+                                 std::min(group * kCols, width - begin), depth,
+                                 packed_b + task * group * b_stride, b_stride);
           });
         }
         parallel_tasks(tasks, [&](int64_t task, int) {
@@ -227,8 +230,8 @@ void product(const GemmArgs& g) {
           if (n0 == 0) {
             const int64_t m = m0 + begin * kRows;
             pack<Unit, F, kRows>(g.a, g.a_type, m, g.a_m_stride, k0, g.a_k_stride,
-                              std::min((end - begin) * kRows, g.m - m), depth,
-                              packed_a + begin * a_stride, a_stride);
+                                 std::min((end - begin) * kRows, g.m - m), depth,
+                                 packed_a + begin * a_stride, a_stride);
           }
           for (int64_t p = 0; p < panels; ++p) {
             const int64_t n = n0 + p * kCols, some = g.n - n;
@@ -268,6 +271,7 @@ void product(const GemmArgs& g) {
 }  // namespace
 
 void gemm(const GemmArgs& g) {
+  if (is_of_few_rows(g)) return few_rows(g);
   if (g.a_type == DType::kFloat32 && g.b_type == DType::kFloat32) {
     product<Single, Float>(g);
   } else {

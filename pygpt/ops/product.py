@@ -14,10 +14,11 @@ from torch.nn import functional as F
 from pygpt import _native
 from pygpt.ops.derivative import once
 from pygpt.ops.dispatch import Impl, resolve
-from pygpt.ops.native import DTYPES, Op, address, empty, register
+from pygpt.ops.native import DTYPES, Op, address, empty, register, watched
 
-# Below this many rows reading the weights dominates, and torch's product is as good.
+# A training step of fewer rows is left to torch: packing the weights costs as much as the product.
 FEW_ROWS = 64
+_NO_PACKING = 16  # rows up to which nothing is packed: kFewRows of csrc/cpu/few_rows.h
 _SLICE = 1 << 21  # elements of a narrow gradient that are made at a time
 
 
@@ -34,12 +35,29 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, impl: Impl 
         return F.linear(x, weight, bias)  # in `backend("native")` too: there is no other
     dtype = autocast_dtype(x)
     native = fits_linear(x, weight, bias, dtype)
-    many = native and x.numel() >= FEW_ROWS * x.shape[-1]
-    half = dtype != torch.float32
-    wins = (half and torch.is_grad_enabled()) or own_wins(dtype, alone=half)
-    if resolve(impl, native=native, auto=many and wins) == "native":
-        return _linear(x.to(dtype), weight, bias)  # type: ignore[no-any-return]
-    return F.linear(x, weight, bias)
+    if resolve(impl, native=native, auto=native and _linear_wins(x, weight, dtype)) != "native":
+        return F.linear(x, weight, bias)
+    x = x.to(dtype)
+    out = None
+    if _has_few_rows(x) and not torch.is_grad_enabled() and not watched():
+        out = _native.linear_of_few_rows(x, weight, bias)
+    return _linear(x, weight, bias) if out is None else out
+
+
+def _has_few_rows(x: Tensor) -> bool:
+    return x.numel() <= _NO_PACKING * x.shape[-1]
+
+
+def _linear_wins(x: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
+    half, learns = dtype != torch.float32, torch.is_grad_enabled()
+    if _has_few_rows(x):
+        # Of a matrix as GPT-2's files keep it the kernel wins only where reading is all the work.
+        large = weight.numel() >= 1 << 19
+        fits = weight.stride(1) == 1 or (large and x.numel() <= 4 * x.shape[-1])
+        return not learns and fits and weight.dtype == dtype and own_wins(dtype, "few rows")
+    if x.numel() < FEW_ROWS * x.shape[-1]:
+        return False
+    return (half and learns) or own_wins(dtype, "alone" if half else "")
 
 
 def fits_linear(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> bool:
@@ -92,18 +110,24 @@ def gemm(
 
 # Known ratios of the times, between which the choice is the same every time: in float32 0.46 to
 # 0.97 (AMD: Zen 5, and Zen 4 with AVX2 or AVX-512); in bfloat16 0.75 to 1.0 where the CPU
-# multiplies it (no AMX), above 2 with AMX, under 0.4 where it does not.
-_MOST = {"float32": 1.0, "bfloat16": 1.4, "bfloat16 alone": 0.6}
+# multiplies it (no AMX), above 2 with AMX, under 0.4 where it does not; of few rows 0.24 to 0.65.
+_MOST = {
+    "float32": 1.0,
+    "bfloat16": 1.4,
+    "bfloat16 alone": 0.6,
+    "float32 few rows": 0.8,
+    "bfloat16 few rows": 0.8,
+}
 _own_wins: dict[str, bool] = {}  # changed by the three functions below alone
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def own_wins(dtype: torch.dtype, alone: bool = False) -> bool:
+def own_wins(dtype: torch.dtype, how: str = "") -> bool:
     """Whether the native product is taken on this machine, measured once a process: in float32, of
-    bfloat16 with float32, or of bfloat16 alone."""
-    kind = str(dtype).removeprefix("torch.") + " alone" * alone
+    bfloat16 with float32 or ("alone") without, or of "few rows"."""
+    kind = f"{str(dtype).removeprefix('torch.')} {how}".rstrip()
     if kind not in _own_wins:
-        _own_wins[kind] = kind in _MOST and _ratio(kind) < _MOST[kind]
+        _own_wins[kind] = kind in _MOST and _ratio(kind, dtype) < _MOST[kind]
     return _own_wins[kind]
 
 
@@ -117,18 +141,19 @@ def assume_own_products(wins: dict[str, bool]) -> None:
     _own_wins.update(wins)
 
 
-def _ratio(kind: str) -> float:
+def _ratio(kind: str, dtype: torch.dtype) -> float:
     """One thread's time, which does not depend on what else the machine does, over torch's."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         with torch.no_grad():
-            a, b, out = torch.ones(384, 512), torch.ones(512, 512), torch.empty(384, 512)
-            dtype = torch.float32 if kind == "float32" else torch.bfloat16
-            a, out = a.to(dtype), out.to(dtype)
-            b = b.to(dtype) if kind.endswith("alone") else b
+            rows = 2 if kind.endswith("few rows") else 384
+            a, out = torch.ones(rows, 512, dtype=dtype), torch.empty(rows, 512, dtype=dtype)
+            b = torch.ones(512, 512, dtype=torch.float32 if kind == "bfloat16" else dtype)
             times: list[list[float]] = [[], []]
             for _ in range(15):
+                if sum(times[1]) > 0.1:  # torch is very slow
+                    break
                 for product, record in zip((gemm, _torch_product), times, strict=True):
                     start = time.thread_time()
                     product(a, b.t(), out)
@@ -173,7 +198,8 @@ def product(
     # Where all are bfloat16 torch wins on CPUs that multiply it, but for the transposed a of a
     # weight's gradient.
     wide = torch.float32 in (a.dtype, b.dtype, out.dtype) or a.stride(1) != 1
-    own = out.is_cpu and own_wins(narrow, alone=not wide)
+    few = len(a) <= _NO_PACKING and not accumulate
+    own = out.is_cpu and own_wins(narrow, "" if wide else "few rows" if few else "alone")
     (gemm if own else _torch_product)(a, b, out, bias, accumulate)
 
 
