@@ -176,9 +176,11 @@ def test_few_rows(depth, transposed, dtype):
     g = torch.Generator().manual_seed(depth)
     for rows, cols in itertools.product((1, 2, 3, 5, 8, 16), (1, 3, 16, 21, 32, 150)):
         x = torch.randn(rows, 2 * depth, generator=g).to(dtype)[:, 1 : depth + 1]
-        weight = torch.randn(cols, depth + 3, generator=g).to(dtype)[:, :depth]
-        if transposed:
-            weight = torch.randn(depth, cols + 5, generator=g).to(dtype)[:, 1:-4].t()
+        lines = (depth, cols) if transposed else (cols, depth)
+        around = torch.full([n + 5 for n in lines], torch.nan, dtype=dtype)  # must not be read
+        weight = around[1 : lines[0] + 1, 2 : lines[1] + 2]
+        weight = weight.t() if transposed else weight
+        weight.copy_(torch.randn(cols, depth, generator=g))
         bias = torch.randn(cols, generator=g)
         exact = x.double() @ weight.double().t() + bias
         terms = x.double().abs() @ weight.double().abs().t() + bias.abs()

@@ -173,17 +173,16 @@ PYGPT_INLINE void add_lines(const float* factors, int64_t pitch, int64_t rows, c
                             int64_t stride, int64_t last, int64_t ahead, int64_t width, float* sums,
                             int64_t sum_pitch) {
   const char* line[kLines];
-  unroll<kLines>([&](auto j)
-                     PYGPT_LAMBDA { line[j] = lines + std::min<int64_t>(j, last) * stride; });
+  unroll<kLines>([&](auto j) PYGPT_LAMBDA { line[j] = lines + j * stride; });
   for (int64_t c = 0; c < width; c += Unit::kStep, sums += Unit::kStep) {
     F32 w[kLines][Unit::kSplit];
     unroll<kLines>([&](auto j) PYGPT_LAMBDA {
       if (ahead) __builtin_prefetch(line[j] + ahead, 0, 2);
-      if (width - c >= Unit::kStep) {
+      if (j <= last && width - c >= Unit::kStep) {
         Unit::split(line[j], w[j]);
       } else {
         char part[Unit::kStep * Unit::kSize] = {};
-        std::memcpy(part, line[j], (width - c) * Unit::kSize);
+        if (j <= last) std::memcpy(part, line[j], std::min(Unit::kStep, width - c) * Unit::kSize);
         Unit::split(part, w[j]);
       }
       line[j] += Unit::kStep * Unit::kSize;
@@ -222,6 +221,7 @@ void add_up_lines(const GemmArgs& g) {
     const int64_t n = task * most, width = std::min(most, g.n - n);
     const char* columns = static_cast<const char*>(g.b) + n * Unit::kSize;
     float total[kSums], sums[kSums];
+    std::memset(total, 0, g.m * most * sizeof(float));
     for (int64_t begin = 0; begin < g.k; begin += kBlockLines) {
       std::memset(sums, 0, g.m * most * sizeof(float));
       for (int64_t k = begin; k < std::min(g.k, begin + kBlockLines); k += kLines) {
@@ -230,7 +230,7 @@ void add_up_lines(const GemmArgs& g) {
                         asks ? kAheadLines * stride : 0, width, sums, most);
       }
       for (int64_t i = 0; i < g.m * most; i += kLanes) {
-        store(total + i, begin ? load(total + i) + load(sums + i) : load(sums + i));
+        store(total + i, load(total + i) + load(sums + i));
       }
     }
     for (int64_t m = 0; m < g.m; ++m) {

@@ -23,10 +23,10 @@ _SLICE = 1 << 21  # elements of a narrow gradient that are made at a time
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, impl: Impl = "auto") -> Tensor:
-    """x weight^T + bias: F.linear, through an own float32 product where that beats torch's.
+    """x weight^T + bias: F.linear, through an own product where that beats torch's.
 
-    x (..., C), weight (V, C), bias (V,); returns (..., V). "auto" takes the native kernel on
-    machines where a measurement of under a tenth of a second, made once, says that it wins.
+    x (..., C), weight (V, C), bias (V,); returns (..., V). "auto" takes native kernels where
+    a measurement of under a tenth of a second, made once for each kind, says that they win.
 
     >>> linear(torch.ones(1, 2), torch.tensor([[1.0, 2.0]]))
     tensor([[3.]])
