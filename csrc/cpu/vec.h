@@ -339,6 +339,7 @@ PYGPT_INLINE void interleave(float* p) {
 constexpr int kLanes = 4;
 using Floats = float __attribute__((vector_size(16)));
 using Ints = int32_t __attribute__((vector_size(16)));
+using UInts = uint32_t __attribute__((vector_size(16)));
 using Longs = uint64_t __attribute__((vector_size(16)));
 struct F32 {
   Floats v;
@@ -389,8 +390,12 @@ PYGPT_INLINE F32 fma(F32 a, F32 b, F32 c) {
 PYGPT_INLINE F32 max(F32 a, F32 b) { return {a.v > b.v ? a.v : b.v}; }
 PYGPT_INLINE F32 min(F32 a, F32 b) { return {a.v < b.v ? a.v : b.v}; }
 
-PYGPT_INLINE I32 operator+(I32 a, I32 b) { return {a.v + b.v}; }
-PYGPT_INLINE I32 operator-(I32 a, I32 b) { return {a.v - b.v}; }
+PYGPT_INLINE I32 operator+(I32 a, I32 b) {  // wraps, as vectors' instructions do
+  return {reinterpret_cast<Ints>(reinterpret_cast<UInts>(a.v) + reinterpret_cast<UInts>(b.v))};
+}
+PYGPT_INLINE I32 operator-(I32 a, I32 b) {
+  return {reinterpret_cast<Ints>(reinterpret_cast<UInts>(a.v) - reinterpret_cast<UInts>(b.v))};
+}
 PYGPT_INLINE I32 operator&(I32 a, I32 b) { return {a.v & b.v}; }
 PYGPT_INLINE I32 operator|(I32 a, I32 b) { return {a.v | b.v}; }
 PYGPT_INLINE I32 operator^(I32 a, I32 b) { return {a.v ^ b.v}; }
