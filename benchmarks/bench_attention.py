@@ -9,13 +9,11 @@ decoding and `--grid` all lengths from 1 to 8192 and 1 to 96 heads instead.
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
 from collections.abc import Callable
 from functools import partial
 
 import torch
-from timing import interleaved, machine
+from timing import after_reading, interleaved, machine
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -102,7 +100,6 @@ def sweep(quick: bool) -> None:
 
 def decode(seconds: float) -> None:
     """Keys and values in the caches, then in memory alone, beside a sum of as many bytes."""
-    other = torch.ones(1 << 24)
     for dtype in DTYPES:
         for s in (256, 1024, 4096):
             q, k, v, _ = tensors(1, 1, s, 12, 64, dtype)
@@ -115,14 +112,7 @@ def decode(seconds: float) -> None:
             ]
             with torch.no_grad():
                 ours, theirs = medians(calls[:2], seconds)
-                times: list[list[float]] = [[], [], []]
-                for _ in range(40):
-                    for call, record in zip(calls, times, strict=True):
-                        other.sum()
-                        begin = time.perf_counter()
-                        call()
-                        record.append(time.perf_counter() - begin)
-            cold = [statistics.median(record) for record in times]
+                cold = after_reading(calls, 40)
             rates = [as_many.nbytes / cold[i] / 1e9 for i in (0, 2)]
             print(
                 f"{str(dtype)[6:]:9} {s:5} keys {ours * 1e6:7.0f} {theirs * 1e6:7.0f} "

@@ -7,11 +7,8 @@ and for several at once. What both sides compute is compared first.
 
 from __future__ import annotations
 
-import statistics
-import time
-
 import torch
-from timing import interleaved, machine, row
+from timing import after_reading, interleaved, machine, row
 from torch.nn import functional as F
 
 from pygpt import GPT, GPTConfig, generate, ops
@@ -30,7 +27,6 @@ def layers() -> None:
     widths = (34, 10, 10, 8, 10, 10, 8, 8)
     heads = ("linear layer", "us", "torch", "ratio", "cold us", "torch", "ratio", "GB/s")
     row(heads, widths)
-    other = torch.ones(1 << 24)
     for dtype in DTYPES:
         for depth, cols in MATRICES:
             for rows in (1, 4, 16):
@@ -44,14 +40,7 @@ def layers() -> None:
                 assert errors[0] <= 2 * errors[1] + slack, errors
                 calls = [lambda x=x, w=weight, f=f: f(x, w) for f in (ops.linear, F.linear)]
                 warm = interleaved(calls, 0.1)
-                times: list[list[float]] = [[], []]
-                for _ in range(25):
-                    for call, record in zip(calls, times, strict=True):
-                        other.sum()
-                        begin = time.perf_counter()
-                        call()
-                        record.append(time.perf_counter() - begin)
-                cold = [statistics.median(record) for record in times]
+                cold = after_reading(calls, 25)
                 cells = [f"{rows} x {depth} -> {cols}, {str(dtype)[6:]}"]
                 for ours, theirs in (warm, cold):
                     cells += [f"{ours * 1e6:.0f}", f"{theirs * 1e6:.0f}", f"{theirs / ours:.2f}"]

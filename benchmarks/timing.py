@@ -39,6 +39,20 @@ def interleaved(functions: Sequence[Callable[[], object]], seconds: float = 1.0)
     return [statistics.median(record) for record in times]
 
 
+def after_reading(calls: Sequence[Callable[[], object]], rounds: int) -> list[float]:
+    """Median seconds of each call, in turns, with 64 MB read before every one: its operands are in
+    memory alone."""
+    other = torch.ones(1 << 24)
+    times: list[list[float]] = [[] for _ in calls]
+    for _ in range(rounds):
+        for call, record in zip(calls, times, strict=True):
+            other.sum()
+            begin = time.perf_counter()
+            call()
+            record.append(time.perf_counter() - begin)
+    return [statistics.median(record) for record in times]
+
+
 def in_processes(
     worker: Callable[..., None], sides: Sequence[str], arguments: tuple[object, ...], seconds: float
 ) -> tuple[list[float], list[Any]]:

@@ -173,11 +173,7 @@ struct Ahead {  // rows asked for before they are read, into the second cache: t
 
   template <DType kType>
   PYGPT_INLINE void ask(int64_t i, int64_t dim) const {
-    constexpr int64_t kSize = kType == DType::kFloat32 ? 4 : 2;
-    if (!rows) return;
-    for (int64_t byte = 0; byte < dim * kSize; byte += 64) {
-      __builtin_prefetch(rows + i * stride + byte, 0, 2);
-    }
+    if (rows) prefetch_row<2>(kType, rows + i * stride, dim);
   }
 };
 
@@ -316,6 +312,17 @@ void decode_task(const Plan& p, int64_t index, Partial* partials, float* outs) {
   }
 }
 
+// Row r of one group's, from steps, times `factor`.
+void write_merged(const Plan& p, const AttentionTensor& to, int64_t b, int64_t kv_head, int64_t r,
+                  float factor, float* merged) {
+  const AttentionArgs& a = p.call.a;
+  if (a.dtype == DType::kBFloat16) {
+    for (int64_t d = 0; d < a.dim; d += kStep) interleave(merged + d);
+  }
+  const int64_t head = kv_head * p.call.group + r / a.queries;
+  write_rows(a.dtype, merged, p.pitch, 1, a.dim, factor, p.call.at(to, b, r % a.queries, head), 0);
+}
+
 // The softmax over all pieces of one group's rows; the first piece's memory takes the result.
 void merge_decoded(const Plan& p, int64_t b, int64_t kv_head, const Partial* partials,
                    float* outs) {
@@ -337,15 +344,10 @@ void merge_decoded(const Plan& p, int64_t b, int64_t kv_head, const Partial* par
         store(merged + d, piece == 0 ? scaled : load(merged + d) + scaled);
       }
     }
-    if (a.dtype == DType::kBFloat16) {
-      for (int64_t d = 0; d < a.dim; d += kStep) interleave(merged + d);
-    }
     const bool any = total != 0.0f;
-    const int64_t i = r % a.queries, head = kv_head * p.call.group + r / a.queries;
-    write_rows(a.dtype, merged, p.pitch, 1, a.dim, any ? 1.0f / total : 0.0f,
-               p.call.at(a.out, b, i, head), 0);
+    write_merged(p, a.out, b, kv_head, r, any ? 1.0f / total : 0.0f, merged);
     if (!a.lse) continue;
-    a.lse[(b * a.heads + head) * a.queries + i] = any ? highest + log2f(total) : -INFINITY;
+    a.lse[(b * a.kv_heads + kv_head) * p.rows + r] = any ? highest + log2f(total) : -INFINITY;
   }
 }
 
@@ -437,7 +439,6 @@ void gradient_task(const Plan& p, int64_t index, float* dqueries) {
 
 // The sum over all pieces of one group's rows; the first piece's memory takes it.
 void merge_gradients(const Plan& p, int64_t b, int64_t kv_head, float* dqueries) {
-  const AttentionArgs& a = p.call.a;
   for (int64_t r = 0; r < p.rows; ++r) {
     float* merged = dqueries + r * p.pitch;
     for (int64_t piece = 1; piece < p.pieces; ++piece) {
@@ -446,11 +447,7 @@ void merge_gradients(const Plan& p, int64_t b, int64_t kv_head, float* dqueries)
         store(merged + d, load(merged + d) + load(part + d));
       }
     }
-    if (a.dtype == DType::kBFloat16) {
-      for (int64_t d = 0; d < a.dim; d += kStep) interleave(merged + d);
-    }
-    write_rows(a.dtype, merged, p.pitch, 1, a.dim, 1.0f,
-               p.call.at(a.dq, b, r % a.queries, kv_head * p.call.group + r / a.queries), 0);
+    write_merged(p, p.call.a.dq, b, kv_head, r, 1.0f, merged);
   }
 }
 

@@ -101,9 +101,10 @@ PYGPT_INLINE void store_tail(DType dtype, char* p, int64_t index, int64_t count,
 
 // Rows of a head stand far apart, which no hardware prefetcher follows.
 constexpr int64_t kAhead = 8;
+template <int kLocality = 3>  // 3: into the first cache, 2: into the second
 PYGPT_INLINE void prefetch_row(DType dtype, const char* row, int64_t dim) {
   const int64_t bytes = dim * (dtype == DType::kFloat32 ? 4 : 2);
-  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(row + i);
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(row + i, 0, kLocality);
 }
 
 // rows x dim of `source` -> float rows of `pitch`, with zeros from dim to pitch.

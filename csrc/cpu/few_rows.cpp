@@ -51,13 +51,19 @@ struct BFloats {  // as words of two where the CPU multiplies them, else even be
   static PYGPT_INLINE F32 dot(F32 a, F32 b, F32 sum) { return multiply_add<kHasPairs>(a, b, sum); }
 };
 
-// The first `count` numbers, then zeros.
+// A step whose first `count` numbers are those at p, with zeros behind them; `part` may hold it.
+template <class Unit>
+PYGPT_INLINE const char* padded(const char* p, int64_t count,
+                                char (&part)[Unit::kStep * Unit::kSize]) {
+  if (count >= Unit::kStep) return p;
+  std::memset(part, 0, sizeof part);
+  if (count > 0) std::memcpy(part, p, count * Unit::kSize);
+  return part;
+}
 template <class Unit>
 PYGPT_INLINE void read_first(const char* p, int64_t count, F32* x) {
-  if (count >= Unit::kStep) return Unit::read(p, x);
-  char part[Unit::kStep * Unit::kSize] = {};
-  std::memcpy(part, p, count * Unit::kSize);
-  Unit::read(part, x);
+  char part[Unit::kStep * Unit::kSize];
+  Unit::read(padded<Unit>(p, count, part), x);
 }
 
 // partial_sums of kRows rows with kLines lines of the matrix.
@@ -178,13 +184,8 @@ PYGPT_INLINE void add_lines(const float* factors, int64_t pitch, int64_t rows, c
     F32 w[kLines][Unit::kSplit];
     unroll<kLines>([&](auto j) PYGPT_LAMBDA {
       if (ahead) __builtin_prefetch(line[j] + ahead, 0, 2);
-      if (j <= last && width - c >= Unit::kStep) {
-        Unit::split(line[j], w[j]);
-      } else {
-        char part[Unit::kStep * Unit::kSize] = {};
-        if (j <= last) std::memcpy(part, line[j], std::min(Unit::kStep, width - c) * Unit::kSize);
-        Unit::split(part, w[j]);
-      }
+      char part[Unit::kStep * Unit::kSize];
+      Unit::split(padded<Unit>(line[j], j <= last ? width - c : 0, part), w[j]);
       line[j] += Unit::kStep * Unit::kSize;
     });
     for (int64_t m = 0; m < rows; ++m) {
