@@ -11,7 +11,6 @@ TorchGetNumThreads torch_get_num_threads = nullptr;
 struct Region {
   void (*body)(int, void*);
   void* context;
-  std::atomic<int> next_worker{0};
   std::mutex mutex;
   std::exception_ptr error;
 };
@@ -20,7 +19,7 @@ void run_range(int64_t begin, int64_t end, void* opaque) {
   auto* region = static_cast<Region*>(opaque);
   for (int64_t i = begin; i < end; ++i) {
     try {
-      region->body(region->next_worker.fetch_add(1, std::memory_order_relaxed), region->context);
+      region->body(static_cast<int>(i), region->context);
     } catch (...) {
       const std::lock_guard<std::mutex> lock(region->mutex);
       if (!region->error) region->error = std::current_exception();
@@ -43,9 +42,9 @@ int num_threads() {
 
 void run_workers(int workers, void (*body)(int, void*), void* context) {
   if (workers <= 0) return;
-  Region region{body, context, {}, {}, {}};
+  Region region{body, context, {}, {}};
   if (workers == 1 || !torch_parallel_for) {
-    run_range(0, 1, &region);
+    run_range(0, workers, &region);
   } else if (torch_parallel_for(0, workers, 1, run_range, &region) != 0) {
     throw std::runtime_error("torch_parallel_for failed; set torch.set_num_threads(1) to go on");
   }

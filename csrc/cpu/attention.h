@@ -98,16 +98,6 @@ int64_t visible_pairs(const Call& call);
 // Packing and starting a task cost that many multiply_adds / dim.
 constexpr int64_t kTaskRows = 250;
 
-// Runs body(task) for all tasks, on this thread alone where waking others would cost more.
-template <class Body>
-void run_tasks(int64_t tasks, int64_t multiply_adds, const Body& body) {
-  if (multiply_adds < 100'000) {
-    for (int64_t task = 0; task < tasks; ++task) body(task);
-  } else {
-    parallel_tasks(tasks, [&](int64_t task, int) { body(task); });
-  }
-}
-
 PYGPT_INLINE Mask lanes_within(int64_t first, Interval keys) {
   const I32 key = lane_numbers() + broadcast(static_cast<int32_t>(first));
   return (key > broadcast(static_cast<int32_t>(keys.lo - 1))) &

@@ -311,9 +311,9 @@ void attention_backward(const AttentionArgs& a) {
   };
   lay_out(call_scratch(lay_out(nullptr)));
   run_tasks(heads * pieces, (2 * visible_pairs(call) + heads * pieces * kTaskRows) * a.dim,
-            [&](int64_t task) {
-              const int64_t piece = task / heads;  // early keys are seen most: first
-              const int64_t head = task % heads;
+            [&](int64_t task, int) {
+              const int64_t head = task / pieces;
+              const int64_t piece = task % pieces;  // early keys are seen most: first
               const int64_t b = head / a.kv_heads, kv_head = head % a.kv_heads;
               const int64_t first = min(a.keys, piece * piece_keys),
                             last = min(a.keys, first + piece_keys);
@@ -325,7 +325,7 @@ void attention_backward(const AttentionArgs& a) {
               }
             });
   if (pieces == 1) return;
-  run_tasks(a.batch * a.heads, heads * pieces * group_dq, [&](int64_t task) {
+  run_tasks(a.batch * a.heads, heads * pieces * group_dq, [&](int64_t task, int) {
     const int64_t head = task / call.group, g = task % call.group;
     float* total = dq + head * pieces * group_dq + g * head_dq;
     for (int64_t piece = 1; piece < pieces; ++piece) {

@@ -469,7 +469,7 @@ void decode(Call& call) {
                    : a.dtype == DType::kBFloat16 ? decode_task<DType::kBFloat16>
                                                  : decode_task<DType::kFloat16>;
   run_tasks(p.tasks(), p.places() * kRowCost + 2 * visible_pairs(call) * a.dim,
-            [&](int64_t index) { run(p, index, partials, outs); });
+            [&](int64_t index, int) { run(p, index, partials, outs); });
   for (int64_t head = 0; head < a.batch * a.kv_heads; ++head) {
     const int64_t place = head * p.pieces * p.rows;
     merge_decoded(p, head / a.kv_heads, head % a.kv_heads, partials + place,
@@ -491,7 +491,7 @@ void decode_backward(Call& call) {
                    : a.dtype == DType::kBFloat16 ? gradient_task<DType::kBFloat16>
                                                  : gradient_task<DType::kFloat16>;
   run_tasks(p.tasks(), p.places() * kRowCost + 5 * visible_pairs(call) * a.dim,
-            [&](int64_t index) { run(p, index, dqueries); });
+            [&](int64_t index, int) { run(p, index, dqueries); });
   for (int64_t head = 0; head < a.batch * a.kv_heads; ++head) {
     merge_gradients(p, head / a.kv_heads, head % a.kv_heads,
                     dqueries + head * p.pieces * p.rows * p.pitch);

@@ -223,9 +223,10 @@ void attention_forward(const AttentionArgs& a) {
   // A task packs the keys it needs, so heads are cut into pieces only where there are few of them.
   const int64_t blocks = (a.queries + kQueryBlock - 1) / kQueryBlock, heads = a.batch * a.kv_heads;
   const int64_t pieces = max(1, min(blocks / 2, (3 * num_threads() + heads - 1) / heads));
-  run_tasks(heads * pieces, work + heads * pieces * kTaskRows * a.dim, [&](int64_t task) {
-    // Later pieces see more keys: they are shorter, and go first. Equal areas under the diagonal.
-    const int64_t piece = pieces - 1 - task / heads, b = task % heads / a.kv_heads;
+  run_tasks(heads * pieces, work + heads * pieces * kTaskRows * a.dim, [&](int64_t task, int) {
+    // Neighbours, of one thread, share a head's keys. Later pieces see more of them: they are
+    // shorter, and go first. Equal areas under the diagonal.
+    const int64_t head = task / pieces, piece = pieces - 1 - task % pieces;
     const auto cut = [&](int64_t i) {
       const double share = std::sqrt(static_cast<double>(i) / static_cast<double>(pieces));
       return i == pieces ? a.queries
@@ -234,9 +235,9 @@ void attention_forward(const AttentionArgs& a) {
     const int64_t first = cut(piece), last = cut(piece + 1);
     if (first >= last) return;
     if (kHasPairs && call.pairs) {
-      forward_task<kHasPairs>(call, b, task % a.kv_heads, first, last);
+      forward_task<kHasPairs>(call, head / a.kv_heads, head % a.kv_heads, first, last);
     } else {
-      forward_task<false>(call, b, task % a.kv_heads, first, last);
+      forward_task<false>(call, head / a.kv_heads, head % a.kv_heads, first, last);
     }
   });
 }

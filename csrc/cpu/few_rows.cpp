@@ -115,15 +115,6 @@ PYGPT_INLINE void put(const GemmArgs& g, int64_t m, int64_t n, F32 total) {
   }
 }
 
-template <class Body>
-void run(const GemmArgs& g, int64_t tasks, const Body& body) {
-  if (g.m * g.n * g.k < 100'000) {
-    for (int64_t task = 0; task < tasks; ++task) body(task, 0);
-  } else {
-    parallel_tasks(tasks, body);
-  }
-}
-
 template <class Unit>
 void dot_columns(const GemmArgs& g) {
   constexpr int kParts = kLanes / kLines;
@@ -145,7 +136,7 @@ void dot_columns(const GemmArgs& g) {
   const int64_t line_bytes = std::max<int64_t>(stride, 1), group = kLines * line_bytes;
   const int64_t ahead = (kAheadBytes + group - 1) / group * group;
   const int64_t width = std::max<int64_t>(1, kTaskBytes / (kLanes * line_bytes)) * kLanes;
-  run(g, (g.n + width - 1) / width, [&](int64_t task, int) {
+  run_tasks((g.n + width - 1) / width, g.m * g.n * g.k, [&](int64_t task, int) {
     for (int64_t n = task * width; n < std::min(g.n, (task + 1) * width); n += kLanes) {
       float sums[kFewRows][kParts * kLanes];
       for (int part = 0; part < kParts; ++part) {
@@ -218,7 +209,7 @@ void add_up_lines(const GemmArgs& g) {
   // Long pieces of lines, as far as every thread gets some.
   const int64_t share = (g.n / (2 * num_threads()) + 63) / 64 * 64;
   const int64_t most = std::clamp<int64_t>(share, 64, g.m <= 4 ? kSums / 4 : kSums / kFewRows);
-  run(g, (g.n + most - 1) / most, [&](int64_t task, int) {
+  run_tasks((g.n + most - 1) / most, g.m * g.n * g.k, [&](int64_t task, int) {
     const int64_t n = task * most, width = std::min(most, g.n - n);
     const char* columns = static_cast<const char*>(g.b) + n * Unit::kSize;
     float total[kSums], sums[kSums];

@@ -2,13 +2,14 @@
 // in float32 on AMD), and for bfloat16 products whose operands or result are wider: weights are
 // rounded while they are packed, gradients are added up in float32, and no copy is made of either.
 //
-// The usual scheme: B is packed into panels of kCols columns that all threads read, a task packs
-// its rows of A into panels of kRows, and a register tile of kRows x kCols runs along k. Both are
-// packed in words of 32 bits: one float32, or, where the CPU multiplies them, two bfloat16 that
-// follow each other along k. Sums are float32 within kDepth words of k and then added up: one
-// accumulator along the whole of k would double the error of float32 at k = 768. Every element of C
-// is summed in one order, whatever the number of threads and wherever its row stands (few_rows.cpp,
-// for up to 16 rows, has its own).
+// The usual scheme: A is packed into panels of kRows rows, B of kCols columns, and a register tile
+// of kRows x kCols runs along k. The operand of fewer lines is packed for all threads, a part at a
+// time; of the other a task packs its own panels, which stay in its core's cache. Both are packed
+// in words of 32 bits: one float32, or, where the CPU multiplies them, two bfloat16 that follow
+// each other along k. Sums are float32 within kDepth words of k and then added up: one accumulator
+// along the whole of k would double the error of float32 at k = 768. Every element of C is summed
+// in one order, whatever the number of threads and wherever its row stands (few_rows.cpp, for up to
+// 16 rows, has its own).
 //
 // 12 x 2 vectors (AVX-512) ties with 8 x 3, and 32 columns divide the widths of real models.
 #include <algorithm>
@@ -25,8 +26,8 @@ namespace {
 constexpr int kRows = kLanes == 16 ? 12 : kLanes == 8 ? 6 : 4;
 constexpr int kCols = 2 * kLanes;
 constexpr int64_t kLongDepth = 768;        // words of k that are packed at a time, at most
-constexpr int64_t kPackedWords = 1 << 20;  // of A and of B: stays in the shared cache
-constexpr int64_t kTaskPanels = 8;         // of A: stays in a core's own cache
+constexpr int64_t kPackedWords = 1 << 20;  // for all threads: stays in the shared cache
+constexpr int64_t kTaskWords = 1 << 16;    // for one task: stays in a core's own cache
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -187,21 +188,29 @@ void product(const GemmArgs& g) {
   const int64_t all_words = ceil_div(g.k, Unit::kSteps);
   const int64_t words = ceil_div(all_words, ceil_div(all_words, kLongDepth));  // packed at a time
   const int64_t long_depth = words * Unit::kSteps;
-  const auto parts = [&](int64_t lines, int64_t panel) {  // of equal length, in whole panels
-    const int64_t panels = ceil_div(lines, panel);
-    const int64_t most = std::max<int64_t>(1, kPackedWords / (words * panel));
-    return ceil_div(panels, ceil_div(2 * panels, 2 * most + 1)) * panel;
-  };
-  const int64_t cols = parts(g.n, kCols), rows = parts(g.m, kRows);
-  const int64_t b_stride = words * kCols, a_stride = words * kRows + kLanes;
+  const int64_t a_stride = words * kRows + kLanes, b_stride = words * kCols;  // of panels
+  const int64_t threads = num_threads();
+  const int64_t work = g.m * g.n * g.k / 10;  // packed operands keep the units busy
+  const bool shares_a = g.m <= g.n;
+  const int64_t shared_lines = shares_a ? g.m : g.n, shared_panel = shares_a ? kRows : kCols;
+  const int64_t shared_stride = shares_a ? a_stride : b_stride;
+  const int64_t own_lines = shares_a ? g.n : g.m, own_panel = shares_a ? kCols : kRows;
+  const int64_t own_stride = shares_a ? b_stride : a_stride;
+  const int64_t shared_panels = ceil_div(shared_lines, shared_panel);
+  const int64_t own_panels = ceil_div(own_lines, own_panel);
+  const int64_t parts = ceil_div(shared_panels * shared_stride, kPackedWords);
+  const int64_t part = ceil_div(shared_panels, parts);  // in panels
+  const int64_t most = std::max<int64_t>(1, kTaskWords / own_stride);
+  const int64_t tasks = std::min(
+      own_panels, ceil_div(std::max(ceil_div(own_panels, most), 4 * threads), threads) * threads);
+  const int64_t own_size = ceil_div(own_panels, tasks) * own_stride;
+
   const bool wide = g.c_type == DType::kFloat32;
   const bool partial = !wide && g.k > long_depth;  // sums between parts of k are float32
-  const int64_t b_size = cols / kCols * b_stride, a_size = rows / kRows * a_stride;
-  auto* packed_b = reinterpret_cast<float*>(
-      call_scratch((b_size + a_size + (partial ? g.m * g.n : 0)) * sizeof(float)));
-  float* packed_a = packed_b + b_size;
-  float* between = packed_a + a_size;
-  const int64_t threads = num_threads();
+  auto* shared = reinterpret_cast<float*>(call_scratch(
+      (part * shared_stride + threads * own_size + (partial ? g.m * g.n : 0)) * sizeof(float)));
+  float* own = shared + part * shared_stride;
+  float* between = own + threads * own_size;
 
   for (int64_t k0 = 0; k0 < g.k; k0 += long_depth) {
     const int64_t depth = std::min(long_depth, g.k - k0);
@@ -209,61 +218,63 @@ void product(const GemmArgs& g) {
     // Blocks of one depth, since the longest decides the error.
     const int64_t block = ceil_div(depth_words, ceil_div(depth_words, Unit::kDepth));
     const bool first = k0 == 0, last = k0 + depth == g.k;
-    for (int64_t m0 = 0; m0 < g.m; m0 += rows) {
-      const int64_t row_panels = ceil_div(std::min(rows, g.m - m0), kRows);
-      const int64_t tasks = std::min(
-          row_panels,
-          ceil_div(std::max(ceil_div(row_panels, kTaskPanels), 4 * threads), threads) * threads);
-      for (int64_t n0 = 0; n0 < g.n; n0 += cols) {
-        const int64_t width = std::min(cols, g.n - n0), panels = ceil_div(width, kCols);
-        if (m0 == 0 || cols < g.n) {
-          const int64_t group = std::clamp<int64_t>(panels / (4 * threads), 1, 8);
-          parallel_tasks(ceil_div(panels, group), [&](int64_t task, int) {
-            const int64_t begin = task * group * kCols;
-            pack<Unit, F, kCols>(g.b, g.b_type, n0 + begin, g.b_n_stride, k0, g.b_k_stride,
-                                 std::min(group * kCols, width - begin), depth,
-                                 packed_b + task * group * b_stride, b_stride);
-          });
-        }
-        parallel_tasks(tasks, [&](int64_t task, int) {
-          const int64_t begin = task * row_panels / tasks, end = (task + 1) * row_panels / tasks;
-          if (n0 == 0) {
-            const int64_t m = m0 + begin * kRows;
-            pack<Unit, F, kRows>(g.a, g.a_type, m, g.a_m_stride, k0, g.a_k_stride,
-                                 std::min((end - begin) * kRows, g.m - m), depth,
-                                 packed_a + begin * a_stride, a_stride);
-          }
-          for (int64_t p = 0; p < panels; ++p) {
-            const int64_t n = n0 + p * kCols, some = g.n - n;
-            for (int64_t r = begin; r < end; ++r) {
-              const int64_t m = m0 + r * kRows, height = g.m - m, at = m * g.c_stride + n;
-              auto* out = static_cast<char*>(g.c) + at * (wide ? 4 : 2);
-              float* sums = between + m * g.n + n;
-              for (int i = 0; i < kRows && i < height; ++i) {
-                __builtin_prefetch(out + i * g.c_stride * (wide ? 4 : 2), 1);
-              }
-              Tile total;
-              multiply<Unit>(packed_a + r * a_stride, packed_b + p * b_stride, depth_words, block,
-                             total);
-              if (first && g.bias) add<Float>(total, g.bias + n, 0, kRows, some);
-              if (wide && (!first || g.accumulate)) {
-                add<Float>(total, out, g.c_stride, height, some);
-              } else if (!wide && first && g.accumulate) {
-                add<BFloat>(total, out, g.c_stride, height, some);
-              } else if (!wide && !first) {
-                add<Float>(total, sums, g.n, height, some);
-              }
-              if (wide) {
-                put<Float>(total, out, g.c_stride, height, some);
-              } else if (last) {
-                put<BFloat>(total, out, g.c_stride, height, some);
-              } else {
-                put<Float>(total, sums, g.n, height, some);
-              }
+    const auto pack_panels = [&](bool of_a, int64_t begin, int64_t end, float* to) {
+      if (of_a) {
+        pack<Unit, F, kRows>(g.a, g.a_type, begin * kRows, g.a_m_stride, k0, g.a_k_stride,
+                             std::min(end * kRows, g.m) - begin * kRows, depth, to, a_stride);
+      } else {
+        pack<Unit, F, kCols>(g.b, g.b_type, begin * kCols, g.b_n_stride, k0, g.b_k_stride,
+                             std::min(end * kCols, g.n) - begin * kCols, depth, to, b_stride);
+      }
+    };
+    const auto multiply_panels = [&](const float* a, int64_t m, const float* b, int64_t n) {
+      const int64_t height = g.m - m, some = g.n - n, at = m * g.c_stride + n;
+      auto* out = static_cast<char*>(g.c) + at * (wide ? 4 : 2);
+      float* sums = between + m * g.n + n;
+      for (int i = 0; i < kRows && i < height; ++i) {
+        __builtin_prefetch(out + i * g.c_stride * (wide ? 4 : 2), 1);
+      }
+      Tile total;
+      multiply<Unit>(a, b, depth_words, block, total);
+      if (first && g.bias) add<Float>(total, g.bias + n, 0, kRows, some);
+      if (wide && (!first || g.accumulate)) {
+        add<Float>(total, out, g.c_stride, height, some);
+      } else if (!wide && first && g.accumulate) {
+        add<BFloat>(total, out, g.c_stride, height, some);
+      } else if (!wide && !first) {
+        add<Float>(total, sums, g.n, height, some);
+      }
+      if (wide) {
+        put<Float>(total, out, g.c_stride, height, some);
+      } else if (last) {
+        put<BFloat>(total, out, g.c_stride, height, some);
+      } else {
+        put<Float>(total, sums, g.n, height, some);
+      }
+    };
+    for (int64_t s0 = 0; s0 < shared_panels; s0 += part) {
+      const int64_t s1 = std::min(s0 + part, shared_panels);
+      const int64_t pieces = std::min(s1 - s0, 4 * threads);
+      run_tasks(pieces, work, [&](int64_t piece, int) {
+        const int64_t begin = piece * (s1 - s0) / pieces, end = (piece + 1) * (s1 - s0) / pieces;
+        pack_panels(shares_a, s0 + begin, s0 + end, shared + begin * shared_stride);
+      });
+      run_tasks(tasks, work, [&](int64_t task, int worker) {
+        const int64_t begin = task * own_panels / tasks, end = (task + 1) * own_panels / tasks;
+        float* packed = own + worker * own_size;
+        pack_panels(!shares_a, begin, end, packed);
+        for (int64_t s = s0; s < s1; ++s) {
+          const float* left = shared + (s - s0) * shared_stride;
+          for (int64_t o = begin; o < end; ++o) {
+            const float* right = packed + (o - begin) * own_stride;
+            if (shares_a) {
+              multiply_panels(left, s * kRows, right, o * kCols);
+            } else {
+              multiply_panels(right, o * kRows, left, s * kCols);
             }
           }
-        });
-      }
+        }
+      });
     }
   }
 }
