@@ -51,10 +51,8 @@ def _has_few_rows(x: Tensor) -> bool:
 def _linear_wins(x: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
     half, learns = dtype != torch.float32, torch.is_grad_enabled()
     if _has_few_rows(x):
-        # Of a matrix as GPT-2's files keep it the kernel wins only where reading is all the work.
-        large = weight.numel() >= 1 << 19
-        fits = weight.stride(1) == 1 or (large and x.numel() <= 4 * x.shape[-1])
-        return not learns and fits and weight.dtype == dtype and own_wins(dtype, "few rows")
+        how = _how(x.numel() // x.shape[-1], weight.t())
+        return not learns and weight.dtype == dtype and own_wins(dtype, how)
     if x.numel() < FEW_ROWS * x.shape[-1]:
         return False
     return (half and learns) or own_wins(dtype, "alone" if half else "")
@@ -198,9 +196,17 @@ def product(
     # Where all are bfloat16 torch wins on CPUs that multiply it, but for the transposed a of a
     # weight's gradient.
     wide = torch.float32 in (a.dtype, b.dtype, out.dtype) or a.stride(1) != 1
-    few = len(a) <= _NO_PACKING and not accumulate
-    own = out.is_cpu and own_wins(narrow, "" if wide else "few rows" if few else "alone")
+    how = "" if wide else "alone" if accumulate else _how(len(a), b)
+    own = out.is_cpu and own_wins(narrow, how)
     (gemm if own else _torch_product)(a, b, out, bias, accumulate)
+
+
+def _how(rows: int, b: Tensor) -> str:
+    """The kind of product, for `own_wins`, of some rows and b (K, N) in one dtype."""
+    # Where b's lines run along N (gradients, and weights as GPT-2's files keep them) the kernel for
+    # few rows adds up multiples of lines, which takes as much for each row.
+    few = _NO_PACKING if b.stride(0) == 1 else 4
+    return "few rows" if rows <= few else "alone"
 
 
 def _own_product(a: Tensor, b: Tensor, out: Tensor, *rest: Any, **options: Any) -> None:
