@@ -123,7 +123,7 @@ def watched() -> bool:
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._is_tracing()
-        or torch._C._functorch.peek_interpreter_stack() is not None
+        or transformed()
     )
 
 

@@ -51,7 +51,7 @@ def _has_few_rows(x: Tensor) -> bool:
 def _linear_wins(x: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
     half, learns = dtype != torch.float32, torch.is_grad_enabled()
     if _has_few_rows(x):
-        how = _how(x.numel() // x.shape[-1], weight.t())
+        how = _how(x.numel() // x.shape[-1], weight.stride(1))
         return not learns and weight.dtype == dtype and own_wins(dtype, how)
     if x.numel() < FEW_ROWS * x.shape[-1]:
         return False
@@ -196,16 +196,16 @@ def product(
     # Where all are bfloat16 torch wins on CPUs that multiply it, but for the transposed a of a
     # weight's gradient.
     wide = torch.float32 in (a.dtype, b.dtype, out.dtype) or a.stride(1) != 1
-    how = "" if wide else "alone" if accumulate else _how(len(a), b)
+    how = "" if wide else "alone" if accumulate else _how(len(a), b.stride(0))
     own = out.is_cpu and own_wins(narrow, how)
     (gemm if own else _torch_product)(a, b, out, bias, accumulate)
 
 
-def _how(rows: int, b: Tensor) -> str:
+def _how(rows: int, k_stride: int) -> str:
     """The kind of product, for `own_wins`, of some rows and b (K, N) in one dtype."""
     # Where b's lines run along N (gradients, and weights as GPT-2's files keep them) the kernel for
     # few rows adds up multiples of lines, which takes as much for each row.
-    few = _NO_PACKING if b.stride(0) == 1 else 4
+    few = _NO_PACKING if k_stride == 1 else 4
     return "few rows" if rows <= few else "alone"
 
 
