@@ -183,34 +183,36 @@ PYGPT_INLINE void put(const Tile& total, void* to, int64_t stride, int64_t rows,
   }
 }
 
+// An operand as it is packed.
+struct Side {
+  int64_t panels, stride;  // the latter in words, from panel to panel
+};
+
 template <class Unit, class F>
 void product(const GemmArgs& g) {
   const int64_t all_words = ceil_div(g.k, Unit::kSteps);
   const int64_t words = ceil_div(all_words, ceil_div(all_words, kLongDepth));  // packed at a time
   const int64_t long_depth = words * Unit::kSteps;
-  const int64_t a_stride = words * kRows + kLanes, b_stride = words * kCols;  // of panels
   const int64_t threads = num_threads();
   const int64_t work = g.m * g.n * g.k / 10;  // packed operands keep the units busy
+  const Side a = {ceil_div(g.m, kRows), words * kRows + kLanes};
+  const Side b = {ceil_div(g.n, kCols), words * kCols};
   const bool shares_a = g.m <= g.n;
-  const int64_t shared_lines = shares_a ? g.m : g.n, shared_panel = shares_a ? kRows : kCols;
-  const int64_t shared_stride = shares_a ? a_stride : b_stride;
-  const int64_t own_lines = shares_a ? g.n : g.m, own_panel = shares_a ? kCols : kRows;
-  const int64_t own_stride = shares_a ? b_stride : a_stride;
-  const int64_t shared_panels = ceil_div(shared_lines, shared_panel);
-  const int64_t own_panels = ceil_div(own_lines, own_panel);
-  const int64_t parts = ceil_div(shared_panels * shared_stride, kPackedWords);
-  const int64_t part = ceil_div(shared_panels, parts);  // in panels
-  const int64_t most = std::max<int64_t>(1, kTaskWords / own_stride);
+  const Side shared = shares_a ? a : b, own = shares_a ? b : a;
+  const int64_t part =  // in panels
+      ceil_div(shared.panels, ceil_div(shared.panels * shared.stride, kPackedWords));
+  const int64_t most = std::max<int64_t>(1, kTaskWords / own.stride);
   const int64_t tasks = std::min(
-      own_panels, ceil_div(std::max(ceil_div(own_panels, most), 4 * threads), threads) * threads);
-  const int64_t own_size = ceil_div(own_panels, tasks) * own_stride;
+      own.panels, ceil_div(std::max(ceil_div(own.panels, most), 4 * threads), threads) * threads);
+  const int64_t part_size = part * shared.stride;
+  const int64_t task_size = ceil_div(own.panels, tasks) * own.stride;
 
   const bool wide = g.c_type == DType::kFloat32;
   const bool partial = !wide && g.k > long_depth;  // sums between parts of k are float32
-  auto* shared = reinterpret_cast<float*>(call_scratch(
-      (part * shared_stride + threads * own_size + (partial ? g.m * g.n : 0)) * sizeof(float)));
-  float* own = shared + part * shared_stride;
-  float* between = own + threads * own_size;
+  auto* for_all = reinterpret_cast<float*>(
+      call_scratch((part_size + threads * task_size + (partial ? g.m * g.n : 0)) * sizeof(float)));
+  float* for_tasks = for_all + part_size;
+  float* between = for_tasks + threads * task_size;
 
   for (int64_t k0 = 0; k0 < g.k; k0 += long_depth) {
     const int64_t depth = std::min(long_depth, g.k - k0);
@@ -221,13 +223,13 @@ void product(const GemmArgs& g) {
     const auto pack_panels = [&](bool of_a, int64_t begin, int64_t end, float* to) {
       if (of_a) {
         pack<Unit, F, kRows>(g.a, g.a_type, begin * kRows, g.a_m_stride, k0, g.a_k_stride,
-                             std::min(end * kRows, g.m) - begin * kRows, depth, to, a_stride);
+                             std::min(end * kRows, g.m) - begin * kRows, depth, to, a.stride);
       } else {
         pack<Unit, F, kCols>(g.b, g.b_type, begin * kCols, g.b_n_stride, k0, g.b_k_stride,
-                             std::min(end * kCols, g.n) - begin * kCols, depth, to, b_stride);
+                             std::min(end * kCols, g.n) - begin * kCols, depth, to, b.stride);
       }
     };
-    const auto multiply_panels = [&](const float* a, int64_t m, const float* b, int64_t n) {
+    const auto multiply_panels = [&](const float* left, int64_t m, const float* right, int64_t n) {
       const int64_t height = g.m - m, some = g.n - n, at = m * g.c_stride + n;
       auto* out = static_cast<char*>(g.c) + at * (wide ? 4 : 2);
       float* sums = between + m * g.n + n;
@@ -235,7 +237,7 @@ void product(const GemmArgs& g) {
         __builtin_prefetch(out + i * g.c_stride * (wide ? 4 : 2), 1);
       }
       Tile total;
-      multiply<Unit>(a, b, depth_words, block, total);
+      multiply<Unit>(left, right, depth_words, block, total);
       if (first && g.bias) add<Float>(total, g.bias + n, 0, kRows, some);
       if (wide && (!first || g.accumulate)) {
         add<Float>(total, out, g.c_stride, height, some);
@@ -252,25 +254,25 @@ void product(const GemmArgs& g) {
         put<Float>(total, sums, g.n, height, some);
       }
     };
-    for (int64_t s0 = 0; s0 < shared_panels; s0 += part) {
-      const int64_t s1 = std::min(s0 + part, shared_panels);
+    for (int64_t s0 = 0; s0 < shared.panels; s0 += part) {
+      const int64_t s1 = std::min(s0 + part, shared.panels);
       const int64_t pieces = std::min(s1 - s0, 4 * threads);
       run_tasks(pieces, work, [&](int64_t piece, int) {
         const int64_t begin = piece * (s1 - s0) / pieces, end = (piece + 1) * (s1 - s0) / pieces;
-        pack_panels(shares_a, s0 + begin, s0 + end, shared + begin * shared_stride);
+        pack_panels(shares_a, s0 + begin, s0 + end, for_all + begin * shared.stride);
       });
       run_tasks(tasks, work, [&](int64_t task, int worker) {
-        const int64_t begin = task * own_panels / tasks, end = (task + 1) * own_panels / tasks;
-        float* packed = own + worker * own_size;
+        const int64_t begin = task * own.panels / tasks, end = (task + 1) * own.panels / tasks;
+        float* packed = for_tasks + worker * task_size;
         pack_panels(!shares_a, begin, end, packed);
         for (int64_t s = s0; s < s1; ++s) {
-          const float* left = shared + (s - s0) * shared_stride;
+          const float* panel = for_all + (s - s0) * shared.stride;
           for (int64_t o = begin; o < end; ++o) {
-            const float* right = packed + (o - begin) * own_stride;
+            const float* other = packed + (o - begin) * own.stride;
             if (shares_a) {
-              multiply_panels(left, s * kRows, right, o * kCols);
+              multiply_panels(panel, s * kRows, other, o * kCols);
             } else {
-              multiply_panels(right, o * kRows, left, s * kCols);
+              multiply_panels(other, o * kRows, panel, s * kCols);
             }
           }
         }
