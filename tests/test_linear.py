@@ -71,7 +71,7 @@ def test_random_shapes_and_strides(seed):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(("rows", "some"), [(16, 1), (100, 17)])
+@pytest.mark.parametrize(("rows", "some"), [(16, 1), (100, 17), (1070, 170)])
 def test_a_row_does_not_depend_on_the_other_rows_or_on_threads(rows, some):
     (x, weight, bias), _ = example(rows, 1070, 500)
     with torch.no_grad():
@@ -80,9 +80,10 @@ def test_a_row_does_not_depend_on_the_other_rows_or_on_threads(rows, some):
             part = ops.linear(x[first : first + some], weight, bias, impl="native")
             assert torch.equal(together[first : first + some], part)
         threads = torch.get_num_threads()
-        torch.set_num_threads(1)
         try:
-            assert torch.equal(ops.linear(x, weight, bias, impl="native"), together)
+            for n in (1, 7):
+                torch.set_num_threads(n)
+                assert torch.equal(ops.linear(x, weight, bias, impl="native"), together)
         finally:
             torch.set_num_threads(threads)
 

@@ -3,17 +3,20 @@
 // rounded while they are packed, gradients are added up in float32, and no copy is made of either.
 //
 // The usual scheme: A is packed into panels of kRows rows, B of kCols columns, and a register tile
-// of kRows x kCols runs along k. The operand of fewer lines is packed for all threads, a part at a
-// time; of the other a task packs its own panels, which stay in its core's cache. Both are packed
-// in words of 32 bits: one float32, or, where the CPU multiplies them, two bfloat16 that follow
-// each other along k. Sums are float32 within kDepth words of k and then added up: one accumulator
-// along the whole of k would double the error of float32 at k = 768. Every element of C is summed
-// in one order, whatever the number of threads and wherever its row stands (few_rows.cpp, for up to
-// 16 rows, has its own).
+// of kRows x kCols runs along k. Every thread packs for itself what it multiplies: a part of the
+// operand of fewer lines, which it keeps from task to task, and chunks of the other, which stay in
+// its core's cache. Packing once for all threads costs more: what another core has packed arrives a
+// cache line at a time. Both are packed in words of 32 bits: one float32, or, where the CPU
+// multiplies them, two bfloat16 that follow each other along k. Sums are float32 within kDepth
+// words of k and then added up: one accumulator along the whole of k would double the error of
+// float32 at k = 768. Every element of C is summed in one order, whatever the number of threads and
+// wherever its row stands (few_rows.cpp, for up to 16 rows, has its own).
 //
 // 12 x 2 vectors (AVX-512) ties with 8 x 3, and 32 columns divide the widths of real models.
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
+#include <vector>
 
 #include "core/parallel.h"
 #include "core/scratch.h"
@@ -25,9 +28,9 @@ namespace {
 
 constexpr int kRows = kLanes == 16 ? 12 : kLanes == 8 ? 6 : 4;
 constexpr int kCols = 2 * kLanes;
-constexpr int64_t kLongDepth = 768;        // words of k that are packed at a time, at most
-constexpr int64_t kPackedWords = 1 << 20;  // for all threads: stays in the shared cache
-constexpr int64_t kTaskWords = 1 << 16;    // for one task: stays in a core's own cache
+constexpr int64_t kLongDepth = 768;       // words of k that are packed at a time, at most
+constexpr int64_t kPartWords = 1 << 19;   // of one operand, for a thread: near it in any cache
+constexpr int64_t kChunkWords = 1 << 16;  // of the other: stays in the core's own cache
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -185,7 +188,7 @@ PYGPT_INLINE void put(const Tile& total, void* to, int64_t stride, int64_t rows,
 
 // An operand as it is packed.
 struct Side {
-  int64_t panels, stride;  // the latter in words, from panel to panel
+  int64_t lines, panels, stride;  // the latter in words, from panel to panel
 };
 
 template <class Unit, class F>
@@ -195,24 +198,28 @@ void product(const GemmArgs& g) {
   const int64_t long_depth = words * Unit::kSteps;
   const int64_t threads = num_threads();
   const int64_t work = g.m * g.n * g.k / 10;  // packed operands keep the units busy
-  const Side a = {ceil_div(g.m, kRows), words * kRows + kLanes};
-  const Side b = {ceil_div(g.n, kCols), words * kCols};
-  const bool shares_a = g.m <= g.n;
-  const Side shared = shares_a ? a : b, own = shares_a ? b : a;
-  const int64_t part =  // in panels
-      ceil_div(shared.panels, ceil_div(shared.panels * shared.stride, kPackedWords));
-  const int64_t most = std::max<int64_t>(1, kTaskWords / own.stride);
-  const int64_t tasks = std::min(
-      own.panels, ceil_div(std::max(ceil_div(own.panels, most), 4 * threads), threads) * threads);
-  const int64_t part_size = part * shared.stride;
-  const int64_t task_size = ceil_div(own.panels, tasks) * own.stride;
+  const Side a = {g.m, ceil_div(g.m, kRows), words * kRows + kLanes};
+  const Side b = {g.n, ceil_div(g.n, kCols), words * kCols};
+  const bool keeps_a = g.m <= g.n;
+  const Side kept = keeps_a ? a : b, other = keeps_a ? b : a;
+  // A task multiplies one of `parts` of the kept operand by one of `chunks` of the other. Threads
+  // pack least when what each multiplies is a square.
+  const int64_t square =
+      std::lround(std::sqrt(static_cast<double>(threads * kept.lines) / other.lines));
+  const int64_t parts =
+      std::clamp(square, ceil_div(kept.panels * kept.stride, kPartWords), kept.panels);
+  const int64_t most = std::max<int64_t>(1, kChunkWords / other.stride);
+  const int64_t chunks =
+      std::min(other.panels,
+               ceil_div(std::max(ceil_div(other.panels, most), 4 * threads), threads) * threads);
+  const int64_t part_size = ceil_div(kept.panels, parts) * kept.stride;
+  const int64_t size = part_size + ceil_div(other.panels, chunks) * other.stride;
 
   const bool wide = g.c_type == DType::kFloat32;
   const bool partial = !wide && g.k > long_depth;  // sums between parts of k are float32
-  auto* for_all = reinterpret_cast<float*>(
-      call_scratch((part_size + threads * task_size + (partial ? g.m * g.n : 0)) * sizeof(float)));
-  float* for_tasks = for_all + part_size;
-  float* between = for_tasks + threads * task_size;
+  auto* packed = reinterpret_cast<float*>(
+      call_scratch((threads * size + (partial ? g.m * g.n : 0)) * sizeof(float)));
+  float* between = packed + threads * size;
 
   for (int64_t k0 = 0; k0 < g.k; k0 += long_depth) {
     const int64_t depth = std::min(long_depth, g.k - k0);
@@ -254,30 +261,29 @@ void product(const GemmArgs& g) {
         put<Float>(total, sums, g.n, height, some);
       }
     };
-    for (int64_t s0 = 0; s0 < shared.panels; s0 += part) {
-      const int64_t s1 = std::min(s0 + part, shared.panels);
-      const int64_t pieces = std::min(s1 - s0, 4 * threads);
-      run_tasks(pieces, work, [&](int64_t piece, int) {
-        const int64_t begin = piece * (s1 - s0) / pieces, end = (piece + 1) * (s1 - s0) / pieces;
-        pack_panels(shares_a, s0 + begin, s0 + end, for_all + begin * shared.stride);
-      });
-      run_tasks(tasks, work, [&](int64_t task, int worker) {
-        const int64_t begin = task * own.panels / tasks, end = (task + 1) * own.panels / tasks;
-        float* packed = for_tasks + worker * task_size;
-        pack_panels(!shares_a, begin, end, packed);
-        for (int64_t s = s0; s < s1; ++s) {
-          const float* panel = for_all + (s - s0) * shared.stride;
-          for (int64_t o = begin; o < end; ++o) {
-            const float* other = packed + (o - begin) * own.stride;
-            if (shares_a) {
-              multiply_panels(panel, s * kRows, other, o * kCols);
-            } else {
-              multiply_panels(other, o * kRows, panel, s * kCols);
-            }
+    std::vector<int64_t> holds(threads, -1);  // the part that each has packed
+    run_tasks(parts * chunks, work, [&](int64_t task, int worker) {
+      const int64_t part = task / chunks, chunk = task % chunks;
+      const int64_t k_begin = part * kept.panels / parts, k_end = (part + 1) * kept.panels / parts;
+      const int64_t begin = chunk * other.panels / chunks;
+      const int64_t end = (chunk + 1) * other.panels / chunks;
+      float* own_part = packed + worker * size;
+      float* own_chunk = own_part + part_size;
+      if (holds[worker] != part) pack_panels(keeps_a, k_begin, k_end, own_part);
+      holds[worker] = part;
+      pack_panels(!keeps_a, begin, end, own_chunk);
+      for (int64_t i = k_begin; i < k_end; ++i) {
+        const float* panel = own_part + (i - k_begin) * kept.stride;
+        for (int64_t j = begin; j < end; ++j) {
+          const float* against = own_chunk + (j - begin) * other.stride;
+          if (keeps_a) {
+            multiply_panels(panel, i * kRows, against, j * kCols);
+          } else {
+            multiply_panels(against, j * kRows, panel, i * kCols);
           }
         }
-      });
-    }
+      }
+    });
   }
 }
 
