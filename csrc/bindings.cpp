@@ -247,18 +247,34 @@ void bind_attention(py::module_& m) {
 }
 
 void bind_gemm(py::module_& m) {
-  m.def("gemm",
-        [](int64_t rows, int64_t cols, int64_t depth, uintptr_t a, int a_type, int64_t a_m_stride,
-           int64_t a_k_stride, uintptr_t b, int b_type, int64_t b_k_stride, int64_t b_n_stride,
-           uintptr_t c, int c_type, int64_t c_stride, uintptr_t bias, bool accumulate) {
-          if (!rows || !cols) return;
-          if (!a || !b || !c) throw std::invalid_argument("gemm was given a tensor without memory");
-          const py::gil_scoped_release release;
-          cpu_kernels().gemm({rows, cols, depth, pointer<void>(a), static_cast<DType>(a_type),
-                              a_m_stride, a_k_stride, pointer<void>(b), static_cast<DType>(b_type),
-                              b_k_stride, b_n_stride, pointer<void>(c), static_cast<DType>(c_type),
-                              c_stride, pointer<float>(bias), accumulate});
-        });
+  // out = a b + bias, or out += a b; bias (N,) is contiguous float32.
+  m.def("gemm", [](py::handle a, py::handle b, py::handle out, std::optional<py::handle> bias,
+                   bool accumulate) {
+    const PassedTensor left = read_tensor(a), right = read_tensor(b), result = read_tensor(out);
+    if (left.dims != 2 || right.dims != 2 || result.dims != 2 || left.shape[1] != right.shape[0] ||
+        result.shape[0] != left.shape[0] || result.shape[1] != right.shape[1]) {
+      throw std::invalid_argument("gemm needs a (M, K), b (K, N) and out (M, N)");
+    }
+    if (!result.shape[0] || !result.shape[1]) return;
+    const auto has_lines = [](const PassedTensor& x) {
+      return x.strides[0] == 1 || x.strides[1] == 1;
+    };
+    if (!has_lines(left) || !has_lines(right) || (result.strides[1] != 1 && result.shape[1] != 1)) {
+      throw std::invalid_argument("gemm needs unit strides, of out along its rows");
+    }
+    GemmArgs g{};
+    g.m = left.shape[0], g.n = right.shape[1], g.k = left.shape[1];
+    g.a = left.as<void>(), g.a_type = left.dtype().value();
+    g.a_m_stride = left.strides[0], g.a_k_stride = left.strides[1];
+    g.b = right.as<void>(), g.b_type = right.dtype().value();
+    g.b_k_stride = right.strides[0], g.b_n_stride = right.strides[1];
+    g.c = result.as<void>(), g.c_type = result.dtype().value();
+    g.c_stride = result.strides[0];
+    if (bias) g.bias = read_tensor(*bias).as<float>();
+    g.accumulate = accumulate;
+    const py::gil_scoped_release release;
+    cpu_kernels().gemm(g);
+  });
   // x weight^T + bias for few rows; None for what gemm is needed for, or pygpt/ops/product.py.
   m.def("linear_of_few_rows",
         [](py::handle x, py::handle weight, std::optional<py::handle> bias) -> py::object {

@@ -108,24 +108,7 @@ def attention_backward(
 def sample(
     arg0: Tensor, arg1: Tensor, arg2: Tensor, arg3: Tensor | None, arg4: Tensor | None
 ) -> Tensor: ...
-def gemm(
-    arg0: int,
-    arg1: int,
-    arg2: int,
-    arg3: int,
-    arg4: int,
-    arg5: int,
-    arg6: int,
-    arg7: int,
-    arg8: int,
-    arg9: int,
-    arg10: int,
-    arg11: int,
-    arg12: int,
-    arg13: int,
-    arg14: int,
-    arg15: bool,
-) -> None: ...
+def gemm(arg0: Tensor, arg1: Tensor, arg2: Tensor, arg3: Tensor | None, arg4: bool) -> None: ...
 def linear_of_few_rows(arg0: Tensor, arg1: Tensor, arg2: Tensor | None) -> Tensor | None: ...
 def gelu(arg0: int, arg1: int, arg2: int, arg3: int, arg4: int) -> None: ...
 def add_norm(

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from pygpt import _native
 from pygpt.ops.derivative import once
 from pygpt.ops.dispatch import Impl, resolve
-from pygpt.ops.native import DTYPES, Op, address, empty, register, watched
+from pygpt.ops.native import DTYPES, Op, empty, register, watched
 
 # A training step of fewer rows is left to torch: packing the weights costs as much as the product.
 FEW_ROWS = 64
@@ -86,24 +86,7 @@ def gemm(
     """out = a b + bias, or out += a b: float32 or bfloat16 each, in bfloat16 if a or b is."""
     a, b = (x if 1 in x.stride() else x.contiguous() for x in (a, b))
     bias = None if bias is None else bias.float().contiguous()
-    _native.gemm(
-        a.shape[0],
-        b.shape[1],
-        a.shape[1],
-        a.data_ptr(),
-        DTYPES[a.dtype],
-        a.stride(0),
-        a.stride(1),
-        b.data_ptr(),
-        DTYPES[b.dtype],
-        b.stride(0),
-        b.stride(1),
-        out.data_ptr(),
-        DTYPES[out.dtype],
-        out.stride(0),
-        address(bias),
-        accumulate,
-    )
+    _native.gemm(a, b, out, bias, accumulate)
 
 
 # Known ratios of the times, between which the choice is the same every time: in float32 0.46 to
