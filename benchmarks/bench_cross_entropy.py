@@ -6,6 +6,8 @@ ours keeps its memory as in training, torch has malloc as it comes.
 
 from __future__ import annotations
 
+import argparse
+
 import torch
 from timing import in_processes, machine, row, serve
 from torch import Tensor
@@ -55,6 +57,7 @@ def worker(side, shape, kind, pipe):
 
 
 def main():
+    argparse.ArgumentParser(description=__doc__).parse_args()
     print(machine())
     widths = (48, 10, 10, 8)
     row(("tokens x width -> vocabulary", "pygpt ms", "torch ms", "ratio"), widths)

@@ -7,6 +7,8 @@ and for several at once. What both sides compute is compared first.
 
 from __future__ import annotations
 
+import argparse
+
 import torch
 from timing import after_reading, interleaved, machine, row
 from torch.nn import functional as F
@@ -73,6 +75,7 @@ def steps() -> None:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args()
     print(machine())
     torch.manual_seed(0)
     with torch.no_grad():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+
 import torch
 from timing import interleaved, machine, row
 
@@ -20,6 +22,7 @@ SHAPES = [  # rows, width in, width out
 
 
 def main():
+    argparse.ArgumentParser(description=__doc__).parse_args()
     print(machine())
     torch.manual_seed(0)
     widths = (30, 12, 12, 8)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import tempfile
 from pathlib import Path
 
@@ -22,6 +23,7 @@ def anonymous() -> int:
 
 @torch.no_grad()
 def main():
+    argparse.ArgumentParser(description=__doc__).parse_args()
     print(machine(), "transformers", transformers.__version__)
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()

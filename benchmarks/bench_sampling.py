@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from functools import partial
 
 import torch
@@ -38,6 +39,7 @@ def common(logits, temperature=0.8, top_k=0, top_p=1.0, min_p=0.0):
 
 
 def main():
+    argparse.ArgumentParser(description=__doc__).parse_args()
     print(machine())
     torch.manual_seed(0)
     widths = (40, 10, 10, 10, 12, 8)
