@@ -212,14 +212,15 @@ void product(const GemmArgs& g) {
   const int64_t chunks =
       std::min(other.panels,
                ceil_div(std::max(ceil_div(other.panels, most), 4 * threads), threads) * threads);
+  const int64_t workers = std::min(threads, parts * chunks);
   const int64_t part_size = ceil_div(kept.panels, parts) * kept.stride;
   const int64_t size = part_size + ceil_div(other.panels, chunks) * other.stride;
 
   const bool wide = g.c_type == DType::kFloat32;
   const bool partial = !wide && g.k > long_depth;  // sums between parts of k are float32
   auto* packed = reinterpret_cast<float*>(
-      call_scratch((threads * size + (partial ? g.m * g.n : 0)) * sizeof(float)));
-  float* between = packed + threads * size;
+      call_scratch((workers * size + (partial ? g.m * g.n : 0)) * sizeof(float)));
+  float* between = packed + workers * size;
 
   for (int64_t k0 = 0; k0 < g.k; k0 += long_depth) {
     const int64_t depth = std::min(long_depth, g.k - k0);
@@ -261,7 +262,7 @@ void product(const GemmArgs& g) {
         put<Float>(total, sums, g.n, height, some);
       }
     };
-    std::vector<int64_t> holds(threads, -1);  // the part that each has packed
+    std::vector<int64_t> holds(workers, -1);  // the part that each has packed
     run_tasks(parts * chunks, work, [&](int64_t task, int worker) {
       const int64_t part = task / chunks, chunk = task % chunks;
       const int64_t k_begin = part * kept.panels / parts, k_end = (part + 1) * kept.panels / parts;
