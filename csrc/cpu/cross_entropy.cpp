@@ -14,14 +14,12 @@ namespace {
 
 constexpr float kLog2E = 0x1.715476p+0f;
 constexpr double kLn2 = 0x1.62e42fefa39efp-1;
-constexpr int64_t kTaskElements = 1 << 15;
+constexpr int64_t kTaskElements = 1 << 13;
 
 // The last n % kLanes elements of a row, padded with -inf.
 template <class D>
 PYGPT_INLINE F32 read_tail(const typename D::Type* p, int n) {
-  typename D::Type copy[kLanes];
-  for (int i = 0; i < kLanes; ++i) copy[i] = p[i < n ? i : 0];
-  return select(first_lanes(n), D::read(copy), broadcast(-__builtin_inff()));
+  return select(first_lanes(n), read_up_to<D>(p, n), broadcast(-__builtin_inff()));
 }
 
 template <class D>
@@ -61,25 +59,21 @@ PYGPT_INLINE double row_sum(const typename D::Type* x, int64_t n, float top) {
 // gradient = scale (softmax(x) - [i = target]); x and gradient may be the same memory.
 template <class D>
 PYGPT_INLINE void row_gradient(const typename D::Type* x, typename D::Type* gradient, int64_t n,
-                               float top, float log2_sum, float scale, int64_t target) {
+                               float top, float log2_sum, float scale, int64_t target,
+                               F32 at_target) {
   const F32 t = broadcast(top), log2_e = broadcast(kLog2E), shift = broadcast(-log2_sum);
   const F32 s = broadcast(scale);
   const auto term = [&](F32 v) __attribute__((always_inline)) {
     return s * exp2(fma(v - t, log2_e, shift));
   };
   // The target's is p - 1, which keeps its digits only if subtracted before rounding to 16 bits.
-  typename D::Type at_target[kLanes];
-  for (int i = 0; i < kLanes; ++i) at_target[i] = x[target];
-  D::write(at_target, term(D::read(at_target)) - s);
+  at_target = term(at_target) - s;
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) D::write(gradient + i, term(D::read(x + i)));
   if (i < n) {
-    const int left = static_cast<int>(n - i);
-    typename D::Type tail[kLanes];
-    D::write(tail, term(read_tail<D>(x + i, left)));
-    for (int j = 0; j < left; ++j) gradient[i + j] = tail[j];
+    write_up_to<D>(gradient + i, term(read_tail<D>(x + i, static_cast<int>(n - i))), n - i);
   }
-  gradient[target] = at_target[0];
+  write_up_to<D>(gradient + target, at_target, 1);
 }
 
 template <class D>
@@ -95,14 +89,15 @@ void row(const CrossEntropyArgs& a, int64_t r) {
   }
   T copy[kLanes];
   for (T& lane : copy) lane = x[target];
-  const float at_target = max_lane(D::read(copy));
+  const F32 at_target = D::read(copy);
   const float top = row_max<D>(x, a.vocab);
   const double log2_sum = std::log2(row_sum<D>(x, a.vocab, top));
-  a.losses[r] = static_cast<float>(log2_sum * kLn2 +
-                                   (static_cast<double>(top) - static_cast<double>(at_target)));
+  a.losses[r] = static_cast<float>(
+      log2_sum * kLn2 + (static_cast<double>(top) - static_cast<double>(max_lane(at_target))));
   if (gradient) {
     const float scale = a.scales ? a.scale * a.scales[r] : a.scale;
-    row_gradient<D>(x, gradient, a.vocab, top, static_cast<float>(log2_sum), scale, target);
+    row_gradient<D>(x, gradient, a.vocab, top, static_cast<float>(log2_sum), scale, target,
+                    at_target);
   }
 }
 

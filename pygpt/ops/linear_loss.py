@@ -14,19 +14,19 @@ from pygpt.ops.dispatch import Impl, auto_takes, resolve, why_no_kernel
 from pygpt.ops.loss import (
     Reduction,
     check_targets,
-    cross_entropy,
     cuda_count,
     cuda_reduce,
     cuda_rows_pass,
     quotient,
     rows_pass,
     times,
+    torch_cross_entropy,
 )
 from pygpt.ops.native import empty, register, watched
 from pygpt.ops.product import autocast_dtype, cast, empty_gradients, product, reads_wider
 
 # Below this many logits there is nothing to save, and torch's calls cost less than ours.
-_FEW_LOGITS = 1 << 18
+_FEW_LOGITS = 3 << 14
 # Bytes of logits that linear_cross_entropy holds at a time.
 _LOGITS_BYTES, _CUDA_LOGITS_BYTES = 104 << 20, 1 << 29
 
@@ -75,13 +75,8 @@ def linear_cross_entropy(
                 x, weight, bias, targets, ignore_index, reduction, dtype, wanted
             )[0]
         case "torch":
-            return cross_entropy(
-                F.linear(x, weight, bias),
-                targets,
-                ignore_index=ignore_index,
-                reduction=reduction,
-                impl="torch",
-            )
+            logits = F.linear(x, weight, bias)
+            return torch_cross_entropy(logits, targets, ignore_index, reduction)
         case _:
             logits = x.double() @ weight.double().t()
             logits = logits if bias is None else logits + bias.double()

@@ -49,11 +49,17 @@ def cross_entropy(
             )
             return loss  # type: ignore[no-any-return]
         case "torch":
-            if logits.dtype in (torch.float16, torch.bfloat16):
-                logits = logits.float()
-            return F.cross_entropy(logits, targets, ignore_index=ignore_index, reduction=reduction)
+            return torch_cross_entropy(logits, targets, ignore_index, reduction)
         case _:
             return reference.cross_entropy(logits, targets, ignore_index, reduction)
+
+
+def torch_cross_entropy(
+    logits: Tensor, targets: Tensor, ignore_index: int, reduction: str
+) -> Tensor:
+    if logits.dtype in (torch.float16, torch.bfloat16):
+        logits = logits.float()
+    return F.cross_entropy(logits, targets, ignore_index=ignore_index, reduction=reduction)
 
 
 def check_targets(name: str, x: Tensor, targets: Tensor, reduction: str) -> None:
