@@ -29,7 +29,7 @@ namespace {
 constexpr int kRows = kLanes == 16 ? 12 : kLanes == 8 ? 6 : 4;
 constexpr int kCols = 2 * kLanes;
 constexpr int64_t kLongDepth = 768;       // words of k that are packed at a time, at most
-constexpr int64_t kPartWords = 1 << 19;   // of one operand, for a thread: near it in any cache
+constexpr int64_t kPartWords = 1 << 19;   // of one operand, kept by a thread
 constexpr int64_t kChunkWords = 1 << 16;  // of the other: stays in the core's own cache
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -265,16 +265,17 @@ void product(const GemmArgs& g) {
     std::vector<int64_t> holds(workers, -1);  // the part that each has packed
     run_tasks(parts * chunks, work, [&](int64_t task, int worker) {
       const int64_t part = task / chunks, chunk = task % chunks;
-      const int64_t k_begin = part * kept.panels / parts, k_end = (part + 1) * kept.panels / parts;
+      const int64_t first_kept = part * kept.panels / parts;
+      const int64_t end_kept = (part + 1) * kept.panels / parts;
       const int64_t begin = chunk * other.panels / chunks;
       const int64_t end = (chunk + 1) * other.panels / chunks;
       float* own_part = packed + worker * size;
       float* own_chunk = own_part + part_size;
-      if (holds[worker] != part) pack_panels(keeps_a, k_begin, k_end, own_part);
+      if (holds[worker] != part) pack_panels(keeps_a, first_kept, end_kept, own_part);
       holds[worker] = part;
       pack_panels(!keeps_a, begin, end, own_chunk);
-      for (int64_t i = k_begin; i < k_end; ++i) {
-        const float* panel = own_part + (i - k_begin) * kept.stride;
+      for (int64_t i = first_kept; i < end_kept; ++i) {
+        const float* panel = own_part + (i - first_kept) * kept.stride;
         for (int64_t j = begin; j < end; ++j) {
           const float* against = own_chunk + (j - begin) * other.stride;
           if (keeps_a) {
