@@ -191,6 +191,11 @@ struct Side {
   int64_t lines, panels, stride;  // the latter in words, from panel to panel
 };
 
+// What a thread has packed, in a cache line of its own.
+struct alignas(64) Held {
+  int64_t part = -1;
+};
+
 template <class Unit, class F>
 void product(const GemmArgs& g) {
   const int64_t all_words = ceil_div(g.k, Unit::kSteps);
@@ -262,7 +267,7 @@ void product(const GemmArgs& g) {
         put<Float>(total, sums, g.n, height, some);
       }
     };
-    std::vector<int64_t> holds(workers, -1);  // the part that each has packed
+    std::vector<Held> holds(workers);
     run_tasks(parts * chunks, work, [&](int64_t task, int worker) {
       const int64_t part = task / chunks, chunk = task % chunks;
       const int64_t first_kept = part * kept.panels / parts;
@@ -271,8 +276,8 @@ void product(const GemmArgs& g) {
       const int64_t end = (chunk + 1) * other.panels / chunks;
       float* own_part = packed + worker * size;
       float* own_chunk = own_part + part_size;
-      if (holds[worker] != part) pack_panels(keeps_a, first_kept, end_kept, own_part);
-      holds[worker] = part;
+      if (holds[worker].part != part) pack_panels(keeps_a, first_kept, end_kept, own_part);
+      holds[worker].part = part;
       pack_panels(!keeps_a, begin, end, own_chunk);
       for (int64_t i = first_kept; i < end_kept; ++i) {
         const float* panel = own_part + (i - first_kept) * kept.stride;
