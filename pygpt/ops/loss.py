@@ -57,6 +57,7 @@ def cross_entropy(
 def torch_cross_entropy(
     logits: Tensor, targets: Tensor, ignore_index: int, reduction: str
 ) -> Tensor:
+    """F.cross_entropy with a float32 softmax, as the native kernels have it."""
     if logits.dtype in (torch.float16, torch.bfloat16):
         logits = logits.float()
     return F.cross_entropy(logits, targets, ignore_index=ignore_index, reduction=reduction)
